@@ -1,0 +1,1 @@
+"""Scaling toolkit for pre-training deep vision transformers by masked image modelling."""

@@ -1,0 +1,1 @@
+"""Triton kernels for masked image modelling."""
