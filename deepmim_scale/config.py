@@ -54,7 +54,8 @@ def _require(condition: bool, key: str, value: Any, rule: str) -> None:
 def _divides(key: str, value: int, name: str, divisor: int) -> None:
     below = value // divisor * divisor
     near = f"{below} or {below + divisor}" if below else str(divisor)
-    _require(value % divisor == 0, key, value, f"must be divisible by {name}={divisor}; e.g. {near}")
+    rule = f"must be divisible by {name}={divisor}; e.g. {near}"
+    _require(value % divisor == 0, key, value, rule)
 
 
 class Frozen(BaseModel):
