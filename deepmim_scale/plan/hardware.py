@@ -1,0 +1,45 @@
+"""GPUs and networks that the planner knows (vendors' data sheets; rates without sparsity)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator."""
+
+    peak_tflops: float
+    """Dense 16-bit tensor-core rate, TFLOP/s."""
+    memory_gib: float
+    utilisation: float
+    """Share of the peak that large micro-batches reach (assumed until measured)."""
+    intra_gbytes: float
+    """Bandwidth per direction between GPUs of a node, GB/s."""
+
+
+GPUS: dict[str, Gpu] = {
+    "v100-16g": Gpu(125.0, 16, 0.38, 150),
+    "v100-32g": Gpu(125.0, 32, 0.38, 150),
+    "a100-40g": Gpu(312.0, 40, 0.40, 300),
+    "a100-80g": Gpu(312.0, 80, 0.40, 300),
+    "h100-80g": Gpu(989.4, 80, 0.40, 450),
+    "h200-141g": Gpu(989.4, 141, 0.40, 450),
+}
+
+NETWORKS: dict[str, float] = {
+    "10gbe": 1.25,
+    "25gbe": 3.125,
+    "100gbe": 12.5,
+    "edr": 12.5,
+    "hdr": 25.0,
+    "8xhdr": 200.0,
+    "ndr": 50.0,
+    "8xndr": 400.0,
+}
+"""Name to bandwidth of one node per direction, GB/s (line rate)."""
+
+
+def mfu(training_flops_per_image: float, images_per_second_per_gpu: float, gpu: Gpu) -> float:
+    """Model FLOP utilisation: share of the dense 16-bit peak that the model's own FLOPs use."""
+    return training_flops_per_image * images_per_second_per_gpu / (gpu.peak_tflops * 1e12)

@@ -1,0 +1,123 @@
+"""Counts against the official models' parameters and FLOPs, and against hand-made formulas."""
+
+import itertools
+
+import pytest
+
+from deepmim_scale.plan import cost as costs
+from deepmim_scale.plan.hardware import GPUS, mfu
+from deepmim_scale.presets import PRESETS, load_preset
+
+MIRL_S = [1.049, 1.093, 1.138, 1.182, 1.227, 1.272]
+MIRL_B = [3.390, 3.536, 3.681, 3.826, 3.971, 4.116]
+# Official constructors and FlopCounterMode at 224/16, mask 0.75 (GFLOP, forward / with backward):
+# preset, total, trainable, encoder blocks, encoder forward, decoders forward, forward, training.
+OFFICIAL = [
+    ("mae_vit_b_12", 111907840, 111655680, 85054464, 8.586, [10.745], 19.562, 58.456),
+    ("mae_vit_l_24", 329541888, 329239296, 302309376, 30.445, [10.758], 41.512, 124.226),
+    ("deepmim_clip_vit_b_12", 138969344, 138717184, 85054464, 8.586, [5.418] * 4, 30.490, 91.238),
+    ("deepmim_vit_b_12", 139494656, 139242496, 85054464, 8.586, [5.470] * 4, 30.696, 91.857),
+    ("mirl_vit_s_54", 113673984, 113142144, 95821056, 9.763, MIRL_S, 16.853, 50.445),
+    ("mirl_vit_b_48", 397169408, 396409856, 340217856, 34.343, MIRL_B, 57.133, 171.169),
+]
+TRAINING_GFLOPS = {"deepmim_vit_b_24": 117.6, "deepmim_vit_b_36": 143.4, "deepmim_vit_b_48": 169.1}
+
+
+def model(preset: str, **changes):
+    return load_preset(preset).model.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("row", OFFICIAL, ids=lambda row: row[0])
+def test_official_figures(row):
+    preset, parameters, trainable, blocks, encoder, decoders, forward, training = row
+    config = model(preset, masked_query=False)
+    whole = costs.model_cost(config).whole
+    block = costs.encoder_block_cost(config)
+    assert (whole.parameters, whole.trainable) == (parameters, trainable)
+    assert block.trainable * config.depth == blocks
+    assert block.forward_flops * config.depth / 1e9 == pytest.approx(encoder, abs=5.1e-4)
+    found = [costs.decoder_cost(config, i).forward_flops / 1e9 for i in range(len(config.taps))]
+    assert found == pytest.approx(decoders, abs=1e-3)
+    assert whole.forward_flops / 1e9 == pytest.approx(forward, abs=5.1e-4)
+    assert whole.training_flops / 1e9 == pytest.approx(training, abs=5.1e-4)
+
+
+def test_flop_counter_digits():
+    whole = costs.model_cost(model("deepmim_vit_b_12", masked_query=False)).whole
+    assert (whole.forward_flops, whole.training_flops) == (30_696_194_048, 91_857_371_136)
+
+
+@pytest.mark.parametrize(("preset", "gflops"), TRAINING_GFLOPS.items())
+def test_depth_sweep(preset, gflops):
+    whole = costs.model_cost(model(preset, masked_query=False)).whole
+    assert whole.training_flops / 1e9 == pytest.approx(gflops, abs=0.05)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_stages_add_up(preset):
+    config = model(preset)
+    cuts = [0, *config.taps]
+    stages = [costs.stage_cost(config, a, b).whole for a, b in itertools.pairwise(cuts)]
+    whole, parts = costs.model_cost(config).whole, costs.total(stages)
+    assert parts.trainable == whole.trainable
+    assert parts.forward_flops == whole.forward_flops
+    assert parts.training_flops == whole.training_flops
+    shared = 0 if config.method == "mirl" else len(config.taps) - 1
+    assert parts.frozen - whole.frozen == shared * costs.position_table_cost(config).frozen
+
+
+def test_masked_query_saves_work():
+    config = model("deepmim_vit_b_12")
+    full = config.model_copy(update={"masked_query": False})
+    block = costs.block_cost(512, 4.0, 197)
+    last = costs.block_cost(512, 4.0, 197, 147)
+    assert 1 - last.forward_flops / block.forward_flops == pytest.approx(0.21, abs=0.01)
+    now, then = costs.decoder_cost(config, 0), costs.decoder_cost(full, 0)
+    assert now.trainable == then.trainable
+    head = 2 * 50 * 512 * 768  # CLS and visible tokens leave the head too
+    assert then.forward_flops - now.forward_flops == (
+        block.forward_flops - last.forward_flops + head
+    )
+
+
+def test_attention_has_no_weight_gradient():
+    block = costs.block_cost(64, 4.0, 10)
+    assert block.weight_gradient_flops == 2 * 12 * 64 * 64 * 10
+    assert block.backward_flops == 2 * block.forward_flops
+
+
+def test_activation_bytes_match_measurement():
+    """Measured saved tensors of DeepMIM ViT-B/12 in fp32, MB per image: joint, local backward."""
+    config = model("deepmim_vit_b_12", masked_query=False)
+    joint = costs.model_cost(config)
+    local = joint.encoder + costs.decoder_cost(config, 0)
+    assert joint.whole.activation_bytes("fp32") / 1e6 == pytest.approx(142.3, rel=0.03)
+    assert local.activation_bytes("fp32") / 1e6 == pytest.approx(57.8, rel=0.03)
+    assert local.activation_bytes("autocast") * 2 == local.activation_bytes("fp32")
+
+
+def test_boundary_bytes():
+    """16-bit bytes of a micro-batch of 128 at each segment's end of MIRL ViT-B-48."""
+    config, width = model("mirl_vit_b_48"), 2 * 128
+    hidden = costs.boundary_values(model("deepmim_vit_b_48"), 12) * width
+    assert hidden == 9_830_400
+    carries = [costs.boundary_values(config, tap) * width - hidden for tap in config.taps[:-1]]
+    assert carries == [6_553_600 * count for count in (2, 3, 4, 5, 6)]
+    assert costs.prediction_values(config) * width == 28_901_376
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 8])
+def test_zero2_state(replicas):
+    cost = costs.Cost(trainable=24_000)
+    sharded = costs.zero2_state_bytes(cost, replicas, "pure16", "per_microbatch")
+    assert sharded == 2 * 24_000 + 14 * 24_000 // replicas
+    whole = costs.zero2_state_bytes(cost, replicas, "autocast", "coalesced")
+    assert whole == 8 * 24_000 + 12 * 24_000 // replicas
+
+
+def test_mfu_of_the_papers():
+    """MAE and DeepMIM ViT-B, 1600 epochs on 32 V100 in 108 and 115 hours."""
+    for preset, hours, expected in (("mae_vit_b_12", 108, 0.077), ("deepmim_vit_b_12", 115, 0.114)):
+        flops = costs.model_cost(model(preset, masked_query=False)).whole.training_flops
+        rate = 1_281_167 * 1600 / (hours * 3600) / 32
+        assert mfu(flops, rate, GPUS["v100-32g"]) == pytest.approx(expected, abs=5e-4)
