@@ -1,0 +1,5 @@
+"""Saving, loading and converting weights."""
+
+from deepmim_scale.checkpoint.official import load_official, official_names
+
+__all__ = ["load_official", "official_names"]

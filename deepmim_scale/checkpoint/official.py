@@ -1,0 +1,88 @@
+"""Weights under the names of the official MAE, DeepMIM and MIRL releases.
+
+MAE's released weights are CC-BY-NC 4.0: models that start from them are for non-commercial use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.models.model import Model
+from deepmim_scale.models.stage import decoder_names
+
+Source = Literal["mae", "deepmim", "mirl"]
+
+_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0",
+                "weight_v": "parametrizations.weight.original1"}  # fmt: skip
+
+
+def _prefixes(config: ModelConfig) -> dict[str, str]:
+    """Module of ours -> official module; everything else has timm's name in both."""
+    names = list(decoder_names(config).values())
+    renamed = {}
+    for index, name in enumerate(names):
+        if config.method == "mirl":
+            number = str(index)
+            if index < len(names) - 1:
+                renamed[f"carries.{name}.norm"] = f"norm{number}"
+            renamed[f"carries.{name}.embed"] = f"decoder_embed{number}"
+        else:
+            number = str(index + 1) if config.method == "deepmim" else ""
+            renamed[f"decoders.{name}.embed"] = f"decoder_embed{number}"
+        # Only MIRL has a position table for each decoder.
+        table = number if config.method == "mirl" else ""
+        renamed[f"decoders.{name}.pos_embed"] = f"decoder_pos_embed{table}"
+        renamed[f"decoders.{name}.mask_token"] = f"mask_token{number}"
+        renamed[f"decoders.{name}.blocks"] = f"decoder_blocks{number}"
+        renamed[f"decoders.{name}.norm"] = f"decoder_norm{number}"
+        renamed[f"decoders.{name}.pred"] = f"decoder_pred{number}"
+    if config.method == "mirl":
+        renamed |= {"carries.low.norm": "norm_low", "carries.low.embed": "decoder_embed0_1"}
+    return renamed
+
+
+def official_names(model: Model) -> dict[str, str]:
+    """Parameter name of ours -> official name, for every entry of `model.state_dict()`."""
+    prefixes = _prefixes(model.config)
+    names = {}
+    for name in model.state_dict():
+        prefix = next((p for p in prefixes if name == p or name.startswith(p + ".")), None)
+        official = name if prefix is None else prefixes[prefix] + name[len(prefix) :]
+        for theirs, ours in _WEIGHT_NORM.items():
+            official = official.replace(ours, theirs)
+        names[name] = official
+    return names
+
+
+def load_official(model: nn.Module, state_dict: Mapping[str, Tensor], source: Source) -> list[str]:
+    """Copy an official state dict (torch layout, released names) into a model of the same size.
+
+    Returns our names of the decoder weights that the file does not have: encoder-only files have
+    none of them. ValueError names the first missing, unknown or mis-shaped entry. Position tables
+    are taken from the file.
+    """
+    assert isinstance(model, Model), "official weights belong to a whole model"
+    if source != model.config.method:
+        raise ValueError(f"source={source}: the model's method is {model.config.method}")
+    names = official_names(model)
+    unknown = sorted(set(state_dict) - set(names.values()))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not in the model; check depth, taps and decoder_depth")
+    missing = [ours for ours, theirs in names.items() if theirs not in state_dict]
+    decoder = [name for name in names if name.startswith(("decoders.", "carries."))]
+    if missing and missing != decoder:
+        raise ValueError(f"{names[missing[0]]}: missing from the state dict")
+    target = model.state_dict()
+    for ours, theirs in names.items():
+        if ours in missing:
+            continue
+        value = state_dict[theirs]
+        if value.numel() != target[ours].numel():
+            shapes = f"{tuple(value.shape)} in the file, {tuple(target[ours].shape)} in the model"
+            raise ValueError(f"{theirs}: shape {shapes}")
+        target[ours].copy_(value.reshape(target[ours].shape))
+    return missing

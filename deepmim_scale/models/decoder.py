@@ -1,0 +1,117 @@
+"""Decoders: from visible tokens to predictions for every masked patch.
+
+Legend: B images, L patches, K visible, D encoder width, d decoder width, P prediction width.
+Sources: facebookresearch/mae, OliverRensu/DeepMIM, russellllaputa/MIRL (their model files).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.models.blocks import (
+    CrossBlock,
+    LayerNorm,
+    gather_tokens,
+    position_table,
+    queried_block,
+    transformer_block,
+)
+from deepmim_scale.models.masking import Masking
+
+
+def assemble(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
+    """Visible tokens [B, K+1, d] (CLS first) and mask tokens in image order plus position.
+
+    Returns [B, L+1, d].
+    """
+    num_masked = ids_restore.shape[1] + 1 - tokens.shape[1]
+    masks = mask_token.expand(tokens.shape[0], num_masked, -1)
+    patches = gather_tokens(torch.cat([tokens[:, 1:], masks], dim=1), ids_restore)
+    return torch.cat([tokens[:, :1], patches], dim=1) + pos_embed
+
+
+class Decoder(nn.Module):
+    """MAE's decoder; DeepMIM hangs one on every tap."""
+
+    def __init__(self, config: ModelConfig, pos_embed: nn.Parameter) -> None:
+        super().__init__()
+        dim = config.decoder_embed_dim
+        self.masked_query = config.masked_query
+        self.embed = nn.Linear(config.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = pos_embed
+        self.blocks = nn.ModuleList(
+            transformer_block(dim, config.decoder_num_heads, config.mlp_ratio)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = LayerNorm(dim)
+        self.pred = nn.Linear(dim, config.out_dim)
+
+    def forward(self, feature: Tensor, *, masking: Masking, full: bool = False) -> Tensor:
+        """Feature [B, K+1, D] -> predictions [B, L-K, P] of the masked patches.
+
+        `full` gives [B, L, P], the predictions of all patches in image order.
+        """
+        x = assemble(self.embed(feature), self.mask_token, self.pos_embed, masking.ids_restore)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        if self.masked_query and not full:
+            x = queried_block(self.blocks[-1], x, masking.ids_masked + 1)
+            return self.pred(self.norm(x))
+        x = self.pred(self.norm(self.blocks[-1](x)))[:, 1:]
+        return x if full else gather_tokens(x, masking.ids_masked)
+
+
+class CrossDecoder(nn.Module):
+    """MIRL's decoder: reads its own segment and cross-attends to all earlier ones."""
+
+    def __init__(self, config: ModelConfig, pos_embed: nn.Parameter) -> None:
+        super().__init__()
+        dim = config.decoder_embed_dim
+        self.masked_query = config.masked_query
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = pos_embed
+        self.blocks = nn.ModuleList(
+            CrossBlock(dim, config.decoder_num_heads, config.mlp_ratio)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = LayerNorm(dim)
+        # Unit norm per *input* feature, gain frozen at 1: Paddle's weight_norm on [in, out].
+        self.pred = weight_norm(nn.Linear(dim, config.out_dim), dim=1)
+        gain = self.pred.parametrizations.weight.original0
+        gain.requires_grad_(False)
+        gain.data.fill_(1.0)
+
+    def forward(self, *carries: Tensor, masking: Masking, full: bool = False) -> Tensor:
+        """Carries e_0 .. e_g, each [B, K+1, d] -> [B, L-K, P], or [B, L, P] with `full`."""
+        x = assemble(carries[-1], self.mask_token, self.pos_embed, masking.ids_restore)
+        memory = torch.cat(carries[-2::-1], dim=1)
+        queried = self.masked_query and not full
+        for block in self.blocks[:-1]:
+            x = block(x, memory)
+        x = self.blocks[-1](x, memory, masking.ids_masked + 1 if queried else None)
+        x = self.pred(self.norm(x))
+        if queried:
+            return x
+        return x[:, 1:] if full else gather_tokens(x[:, 1:], masking.ids_masked)
+
+
+class Carry(nn.Module):
+    """MIRL: a segment's output as every later decoder sees it, [B, K+1, D] -> [B, K+1, d]."""
+
+    def __init__(self, config: ModelConfig, *, own_norm: bool) -> None:
+        super().__init__()
+        # The last segment is normalised by the encoder's final norm and has none of its own.
+        self.norm = LayerNorm(config.embed_dim) if own_norm else nn.Identity()
+        self.embed = nn.Linear(config.embed_dim, config.decoder_embed_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.embed(self.norm(hidden))
+
+
+def decoder_table(config: ModelConfig) -> nn.Parameter:
+    """The frozen position table [1, L+1, d] of a decoder."""
+    return position_table(config.decoder_embed_dim, config.grid_size)

@@ -1,0 +1,146 @@
+"""A whole model in one process: the joint reference, and the local backward that trains.
+
+Legend: B images, C channels, L patches, K visible patches, P prediction width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepmim_scale.config import ModelConfig, RunConfig
+from deepmim_scale.models.blocks import gather_tokens, initialise
+from deepmim_scale.models.masking import Masking, masking_from_noise
+from deepmim_scale.models.stage import Stage, State, loss_members, loss_weight
+from deepmim_scale.models.taps import Leaf, detach_tap, fork, seed
+
+
+@dataclass
+class Output:
+    """What a model returns."""
+
+    loss: Tensor
+    """Total, scalar."""
+    losses: dict[str, Tensor]
+    """Loss of each decoder or pair, scalars, unweighted."""
+    predictions: dict[str, Tensor] | None = None
+    """Each decoder's predictions [B, L, P] of all patches; only if asked for."""
+
+
+class Model(Stage):
+    """All stages in one: `model(images, noise=noise)` is plain autograd and the reference."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, 1, config.depth)
+
+    def masking(self, images: Tensor, noise: Tensor | None) -> Masking:
+        """Masking of noise [B, L]; fresh noise where none is given."""
+        if noise is None:
+            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
+        return masking_from_noise(noise, self.config.num_visible)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        noise: Tensor | None = None,
+        teacher: Tensor | None = None,
+        predictions: bool = False,
+    ) -> Output:
+        """Losses of normalised images [B, C, H, W]; noise [B, L] in [0, 1) decides the mask.
+
+        `predictions` also returns every decoder's predictions, from full last blocks.
+        """
+        masking = self.masking(images, noise)
+        inputs: dict[str, State] = {}
+
+        def tap(name: str, tensors: State) -> State:
+            onward, inputs[name] = zip(*map(fork, tensors), strict=True)
+            return onward
+
+        self.encode(self.embed(images, masking), tap)
+        preds = {
+            name: self.decoders[name](*tensors, masking=masking, full=predictions)
+            for name, tensors in inputs.items()
+        }
+        masked = preds
+        if predictions:
+            masked = {name: gather_tokens(p, masking.ids_masked) for name, p in preds.items()}
+        criterion = self.criterion(images, masking, teacher)
+        losses = {
+            name: criterion(sum_predictions([masked[member] for member in members]))
+            for name, members in loss_members(self.config).items()
+        }
+        return Output(self.total(losses), losses, preds if predictions else None)
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses, in their order."""
+        weight = loss_weight(self.config)
+        return torch.stack([loss * weight for loss in losses.values()]).sum()
+
+
+def sum_predictions(predictions: list[Tensor]) -> Tensor:
+    """The prediction that a loss supervises: one decoder's, or the sum of a MIRL pair."""
+    return predictions[0] if len(predictions) == 1 else predictions[0] + predictions[1]
+
+
+def local_backward(
+    model: Model,
+    images: Tensor,
+    *,
+    noise: Tensor | None = None,
+    teacher: Tensor | None = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> Output:
+    """Forward and backward of one micro-batch, decoder by decoder; losses come back detached.
+
+    Each decoder runs forward and backward on the detached tap at once, so that no two decoders'
+    activations are alive together; the encoder's backward then takes up the taps' gradients. The
+    gradients equal `model(...).loss.backward()` bit for bit. `backward` is called with scalars
+    (`engine.backward` under DeepSpeed).
+    """
+    masking = model.masking(images, noise)
+    leaves: dict[str, list[Leaf]] = {}
+
+    def tap(name: str, tensors: State) -> State:
+        onward, held = zip(*map(detach_tap, tensors), strict=True)
+        leaves[name] = list(held)
+        return onward
+
+    state = model.encode(model.embed(images, masking), tap)
+    criterion = model.criterion(images, masking, teacher)
+    losses = {}
+    for name, members in loss_members(model.config).items():
+        loss = criterion(
+            sum_predictions(
+                [
+                    model.decoders[member](
+                        *(leaf.tensor for leaf in leaves[member]), masking=masking
+                    )
+                    for member in members
+                ]
+            )
+        )
+        losses[name] = loss.detach()
+        backward(loss * loss_weight(model.config))
+        del loss
+    backward(seed(state, (None,) * len(state)))
+    return Output(model.total(losses), losses)
+
+
+def build_model(
+    config: ModelConfig | Callable[[], RunConfig], *, seed: int = 0, device: str = "cpu"
+) -> Model:
+    """The whole model of a ModelConfig or of a preset function, initialised as MAE from `seed`.
+
+    `device="meta"` builds it without memory.
+    """
+    if not isinstance(config, ModelConfig):
+        config = config().model
+    with torch.device(device):
+        model = Model(config)
+    initialise(model, seed)
+    return model

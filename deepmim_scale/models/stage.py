@@ -1,0 +1,127 @@
+"""A stage: a run of encoder blocks with the decoders that they feed.
+
+The encoder's state is a tuple `(hidden, *carries)`: hidden [B, K+1, D]; MIRL's carries, one per
+finished segment and one for the input, [B, K+1, d]; MAE and DeepMIM have none. A whole model is the
+stage that holds every block. Legend: B images, L patches, K visible patches, D and d widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.models.blocks import LayerNorm, gather_tokens, position_table, transformer_block
+from deepmim_scale.models.decoder import Carry, CrossDecoder, Decoder, decoder_table
+from deepmim_scale.models.masking import Masking
+from deepmim_scale.targets.features import cosine_loss, masked_features
+from deepmim_scale.targets.pixels import masked_pixels, pixel_loss
+
+State = tuple[Tensor, ...]
+# (decoder's name, its input tensors) -> the tensors with which the encoder goes on
+TapFunction = Callable[[str, State], State]
+Criterion = Callable[[Tensor], Tensor]
+
+
+def decoder_names(config: ModelConfig) -> dict[int, str]:
+    """Block number (from 1) -> name of the decoder after it."""
+    if config.method == "mirl":
+        return {block: f"segment{g}" for g, block in enumerate(config.taps, start=1)}
+    return {block: f"block{block:02d}" for block in config.taps}
+
+
+def loss_members(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Name of each loss -> the decoders whose predictions it sums."""
+    names = tuple(decoder_names(config).values())
+    if config.method != "mirl":
+        return {name: (name,) for name in names}
+    half, last = config.num_segments // 2, config.num_segments
+    return {f"pair{g}_{last + 1 - g}": (names[g - 1], names[-g]) for g in range(1, half + 1)}
+
+
+def loss_weight(config: ModelConfig) -> float:
+    """Weight of each loss in the total: DeepMIM sums its losses, MIRL takes the mean."""
+    return 1.0 / len(loss_members(config)) if config.method == "mirl" else 1.0
+
+
+class Stage(nn.Module):
+    """Blocks `first` to `last` (from 1, inclusive), their decoders, and the ends of the encoder."""
+
+    def __init__(self, config: ModelConfig, first: int, last: int) -> None:
+        super().__init__()
+        self.config = config
+        is_first, is_last = first == 1, last == config.depth
+        if is_first:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+            self.pos_embed = position_table(config.embed_dim, config.grid_size)
+            self.patch_embed = PatchEmbed(
+                config.img_size, config.patch_size, config.in_chans, config.embed_dim
+            )
+        # timm's names with the global block index, whatever stage a block is on.
+        self.blocks = nn.ModuleDict(
+            {
+                str(number - 1): transformer_block(
+                    config.embed_dim, config.num_heads, config.mlp_ratio
+                )
+                for number in range(first, last + 1)
+            }
+        )
+        self.norm = LayerNorm(config.embed_dim) if is_last else None
+        names = {n: name for n, name in decoder_names(config).items() if first <= n <= last}
+        self.decoder_names = names
+        if config.method == "mirl":
+            self.carries = nn.ModuleDict(
+                {name: Carry(config, own_norm=n != config.depth) for n, name in names.items()}
+            )
+            if is_first:
+                self.carries["low"] = Carry(config, own_norm=True)
+            self.decoders = nn.ModuleDict(
+                {name: CrossDecoder(config, decoder_table(config)) for name in names.values()}
+            )
+        else:
+            table = decoder_table(config)  # one frozen table for all decoders
+            self.decoders = nn.ModuleDict({name: Decoder(config, table) for name in names.values()})
+
+    def embed(self, images: Tensor, masking: Masking) -> State:
+        """State before block 1: visible patches of images [B, C, H, W] with position and CLS."""
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = gather_tokens(x, masking.ids_visible)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        hidden = torch.cat([cls, x], dim=1)
+        if self.config.method == "mirl":
+            return hidden, self.carries["low"](hidden)
+        return (hidden,)
+
+    def encode(self, state: State, tap: TapFunction) -> State:
+        """Run this stage's blocks; `tap` is called with each decoder's name and input."""
+        hidden, *carries = state
+        for index, block in self.blocks.items():
+            hidden = block(hidden)
+            number = int(index) + 1
+            name = self.decoder_names.get(number)
+            if number == self.config.depth:
+                hidden = self.norm(hidden)
+            if name is None:
+                continue
+            if self.config.method == "mirl":
+                carries = list(tap(name, (*carries, self.carries[name](hidden))))
+            else:
+                (hidden,) = tap(name, (hidden,))
+        return hidden, *carries
+
+    def criterion(self, images: Tensor, masking: Masking, teacher: Tensor | None) -> Criterion:
+        """The loss of a prediction [B, L-K, P] of the masked patches.
+
+        images [B, C, H, W] normalised; teacher [B, L+1, P] for loss cosine.
+        """
+        config, ids = self.config, masking.ids_masked
+        if config.loss == "cosine":
+            if teacher is None:
+                raise ValueError("loss=cosine: needs teacher features [B, L+1, P]; pass teacher=")
+            features = masked_features(teacher, ids)
+            return lambda pred: cosine_loss(pred, features)
+        target = masked_pixels(images, ids, patch_size=config.patch_size, norm_pix=config.norm_pix)
+        return lambda pred: pixel_loss(pred, target)
