@@ -1,0 +1,59 @@
+"""Command line of the data: `deepmim-scale data samples OUT | scan DIR | verify DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from deepmim_scale.config import ConfigError, Frozen
+
+
+class SamplesArgs(Frozen):
+    """Write a small sample set: photographs (scikit-image) and digits (scikit-learn)."""
+
+    out: tyro.conf.Positional[str]
+    """New folder; gets train/<class> and val/<class>."""
+
+
+class ScanArgs(Frozen):
+    """List an image folder and save its manifest, so that training starts at once."""
+
+    dir: tyro.conf.Positional[str]
+    """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
+
+
+def run_samples(args: SamplesArgs) -> None:
+    """Write the sample set, or say that it is there."""
+    try:
+        from deepmim_scale.data.samples import write_samples
+
+        written = write_samples(args.out)
+    except ImportError as error:
+        raise ConfigError(
+            f"samples: needs {error.name}; pip install scikit-image scikit-learn"
+        ) from error
+    print(f"{args.out}: {'written' if written else 'is there already'}")
+
+
+def run_scan(args: ScanArgs) -> None:
+    """Write manifest.npz into each split's folder and print what it lists."""
+    from deepmim_scale.data.manifest import MANIFEST_NAME, scan_folder
+
+    for folder in _split_folders(args.dir):
+        manifest = scan_folder(folder)
+        manifest.save(folder / MANIFEST_NAME)
+        for line in (manifest.describe(), *manifest.notes):
+            print(line)
+        unreadable = int((manifest.heights == 0).sum())
+        if unreadable:
+            print(
+                f"{unreadable} headers cannot be read; run `deepmim-scale data verify {args.dir}`"
+            )
+
+
+def _split_folders(data: str) -> list[Path]:
+    from deepmim_scale.data.manifest import find_split
+
+    folders = (find_split(data, split) for split in ("train", "val"))
+    return [folder for folder in folders if folder]

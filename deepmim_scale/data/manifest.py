@@ -1,0 +1,242 @@
+"""What an image folder holds: files, class labels, header sizes, one SHA over the listing.
+
+A saved manifest (`deepmim-scale data scan DIR`) spares every process the reading of all headers.
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from deepmim_scale.config import ConfigError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MANIFEST_NAME = "manifest.npz"
+QUARANTINE_NAME = "quarantine.txt"
+OWN_FILES = (MANIFEST_NAME, QUARANTINE_NAME, "verify.json", "ATTRIBUTION.txt")
+SCAN_THREADS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The images of one folder, sorted by path."""
+
+    root: str
+    names: tuple[str, ...]
+    """Paths below root, N of them; a sample's id is its place here."""
+    labels: np.ndarray
+    """Class of each image, int32 [N]."""
+    classes: tuple[str, ...]
+    """Names of the classes; a flat folder has one, `.`."""
+    heights: np.ndarray
+    """Heights in pixels, int32 [N], without EXIF rotation."""
+    widths: np.ndarray
+    """Widths in pixels, int32 [N]."""
+    num_bytes: np.ndarray
+    """File sizes, int64 [N]."""
+    notes: tuple[str, ...] = ()
+    """What was left out and why, one line each."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def paths(self) -> list[str]:
+        """Full paths, in order of the sample ids."""
+        return [os.path.join(self.root, name) for name in self.names]
+
+    @property
+    def sha(self) -> str:
+        """SHA-256 over names and file sizes: the identity of the data set."""
+        return _listing_sha(zip(self.names, self.num_bytes.tolist(), strict=True))
+
+    def describe(self) -> str:
+        """One line: number of images and classes, folder, SHA."""
+        classes = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}"
+        return f"{len(self):,} images, {classes} in {self.root} (sha {self.sha[:8]})"
+
+    def keep(self, chosen: np.ndarray, *notes: str) -> Manifest:
+        """The images where `chosen` (bool [N]) holds; classes keep their numbers."""
+        return Manifest(
+            self.root, tuple(np.array(self.names, dtype=object)[chosen]), self.labels[chosen],
+            self.classes, self.heights[chosen], self.widths[chosen], self.num_bytes[chosen],
+            self.notes + notes,
+        )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write an .npz, atomically."""
+        text = {"names": self.names, "classes": self.classes, "notes": self.notes}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        np.savez_compressed(
+            temporary, text=json.dumps(text), labels=self.labels, heights=self.heights,
+            widths=self.widths, num_bytes=self.num_bytes,
+        )  # fmt: skip
+        temporary.replace(path)
+
+
+def find_split(data: str, split: str) -> Path | None:
+    """The folder of `train` or `val`: DIR/<split>; for `train` else DIR itself, for `val` None.
+
+    Raises ConfigError if DIR is missing, or has val but no train (its classes would mix).
+    """
+    root = Path(data)
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        parent = next(path for path in root.absolute().parents if path.is_dir())
+        raise ConfigError(
+            f"data={data}: must be an image folder, found {found} ({parent} exists); "
+            "`deepmim-scale data samples DIR` writes a small one"
+        )
+    if (root / split).is_dir():
+        return root / split
+    if split == "val":
+        return None
+    if (root / "val").is_dir():
+        raise ConfigError(f"data={data}: has a folder val but no train; rename or add train")
+    return root
+
+
+def scan_folder(root: str | Path) -> Manifest:
+    """List a folder of class folders, or of images, and read every header.
+
+    A header that cannot be read counts as size 0 x 0. Raises ConfigError if there are no images or
+    if images lie beside class folders.
+    """
+    root = Path(root)
+    listing, notes = _list_images(root)
+    names = tuple(name for name, _ in listing)
+    flat = [name for name in names if "/" not in name]
+    if flat and len(flat) < len(names):
+        raise ConfigError(
+            f"data={root}: {len(flat)} images (e.g. {flat[0]}) lie beside class folders with "
+            f"{len(names) - len(flat)} images; move them into a class folder"
+        )
+    classes = ["."] if flat else [entry.name for entry in _entries(root) if entry.is_dir()]
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number["." if flat else name.split("/")[0]] for name in names], np.int32)
+    empty = sorted(set(classes) - {classes[label] for label in labels})
+    if empty:
+        notes.append(f"empty class folders (they keep their numbers): {_few(empty)}")
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        headers = pool.map(_header, [str(root / name) for name in names])
+        progress = tqdm(headers, total=len(names), unit="img", disable=None, desc="headers")
+        sizes = np.array(list(progress), np.int32)
+    num_bytes = np.array([size for _, size in listing], np.int64)
+    return Manifest(
+        str(root), names, labels, tuple(classes), sizes[:, 0], sizes[:, 1], num_bytes, tuple(notes)
+    )
+
+
+def open_manifest(root: str | Path, on_bad: Literal["fail", "replace"] = "fail") -> Manifest:
+    """What training uses: the saved manifest or a scan, without quarantined and unreadable files.
+
+    Raises ConfigError if the saved manifest does not match the files that are there now, or, with
+    on_bad `fail`, if headers are unreadable.
+    """
+    root = Path(root)
+    saved = root / MANIFEST_NAME
+    manifest = _load(root, saved) if saved.exists() else scan_folder(root)
+    quarantined = read_quarantine(root)
+    good = np.array([name not in quarantined for name in manifest.names], bool)
+    if not good.all():
+        note = f"{(~good).sum()} quarantined images left out ({root / QUARANTINE_NAME})"
+        manifest = manifest.keep(good, note)
+    readable = manifest.heights > 0
+    if readable.all():
+        return manifest
+    bad = [name for name, good in zip(manifest.names, readable, strict=True) if not good]
+    if on_bad == "fail":
+        raise ConfigError(
+            f"data={root}: {len(bad)} unreadable images: {_few(bad)}; "
+            f"run `deepmim-scale data verify {root}` or use --on-bad replace"
+        )
+    return manifest.keep(readable, f"{len(bad)} unreadable images left out: {_few(bad)}")
+
+
+def read_quarantine(root: Path) -> set[str]:
+    """Names below root that `data verify` found bad; empty if it never ran."""
+    path = root / QUARANTINE_NAME
+    if not path.exists():
+        return set()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def _load(root: Path, saved: Path) -> Manifest:
+    with np.load(saved) as arrays:
+        text = json.loads(str(arrays["text"]))
+        manifest = Manifest(
+            str(root), tuple(text["names"]), arrays["labels"], tuple(text["classes"]),
+            arrays["heights"], arrays["widths"], arrays["num_bytes"], tuple(text["notes"]),
+        )  # fmt: skip
+    listing, _ = _list_images(root)
+    if _listing_sha(listing) != manifest.sha:
+        raise ConfigError(
+            f"data={root}: {MANIFEST_NAME} is stale ({len(manifest)} images listed, "
+            f"{len(listing)} there, or sizes changed); run `deepmim-scale data scan {root}` again"
+        )
+    return manifest
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    visible = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """(name below root, file size) in sorted order, and notes on files that are no images."""
+    found: list[tuple[str, int]] = []
+    others: Counter[str] = Counter()
+
+    def walk(folder: str, prefix: str) -> None:
+        for entry in _entries(folder):
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                walk(entry.path, f"{prefix}{entry.name}/")
+            elif extension in EXTENSIONS:
+                found.append((prefix + entry.name, entry.stat().st_size))
+            elif entry.name not in OWN_FILES:
+                others[extension or "no extension"] += 1
+
+    walk(str(root), "")
+    counts = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
+    if not found:
+        folders = sum(entry.is_dir() for entry in _entries(root))
+        raise ConfigError(
+            f"data={root}: no images; found {folders} folders and "
+            f"{f'files of other kinds ({counts})' if others else 'no other files'}; "
+            f"images end in {' '.join(EXTENSIONS)}"
+        )
+    return sorted(found), [f"files of other kinds ignored: {counts}"] if others else []
+
+
+def _header(path: str) -> tuple[int, int]:
+    """Height and width from the header, 0 x 0 if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return 0, 0
+
+
+def _listing_sha(listing: Iterable[tuple[str, int]]) -> str:
+    digest = hashlib.sha256()
+    for name, size in listing:
+        digest.update(f"{name}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
