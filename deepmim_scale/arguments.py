@@ -1,0 +1,142 @@
+"""From the command line to a checked RunConfig; users' mistakes become one line. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from deepmim_scale.config import ConfigError, Frozen, RunConfig, validated
+from deepmim_scale.presets import PRESETS, load_preset
+
+Arguments = TypeVar("Arguments", bound=Frozen)
+
+
+def _parser_message(output: str) -> str:
+    """The sentence inside the box that tyro draws around an error."""
+    lines = [line.strip("\u2502 ") for line in output.splitlines()]
+    body = []
+    for line in lines:
+        if line.startswith("\u2500"):
+            break
+        if not line.startswith(("\u256d", "\u2570")):
+            body.append(line)
+    text = re.sub(r"\s+", " ", " ".join(body)).strip()
+    ours = re.search(r"Value error, (.*?) \[type=value_error", text)  # raised by a config's check
+    return ours[1] if ours else text.removeprefix("Error parsing ")
+
+
+def _flags(config_class: type[Frozen]) -> list[str]:
+    names = list(config_class.model_fields)
+    for field in config_class.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Frozen):
+            names += _flags(field.annotation)
+    return [f"--{name.strip('-').replace('_', '-')}" for name in names]
+
+
+def parse(
+    config_class: type[Arguments], argv: Sequence[str], *, prog: str, default: Any = None
+) -> Arguments:
+    """Arguments of `config_class`, with `-` and `_` alike; ConfigError for a user's mistake."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config, unknown = validated(
+                lambda: tyro.cli(
+                    config_class,
+                    args=list(argv),
+                    prog=prog,
+                    default=default if default is not None else tyro.MISSING_NONPROP,
+                    config=(tyro.conf.OmitArgPrefixes,),
+                    return_unknown_args=True,
+                )
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_parser_message(captured.getvalue())) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if unknown:
+        flag = unknown[0].split("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(flag, _flags(config_class), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
+        raise ConfigError(f"{unknown[0]}: unknown flag; {hint}")
+    return config
+
+
+def read_json(path: str) -> Any:
+    """The content of a JSON file; ConfigError with line and column."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise ConfigError(f"{path}: no valid JSON at {where}: {error.msg}") from None
+
+
+def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
+    """The run that a pre-training command line asks for: preset or saved config, then flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset")
+    first.add_argument("--config")
+    first.add_argument("--local_rank", "--local-rank", help="given by the deepspeed launcher")
+    try:
+        start, rest = first.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    helping = any(word in ("-h", "--help") for word in rest)
+    if start.config:
+        saved = read_json(start.config)
+        default = validated(lambda: RunConfig.model_validate(saved))
+    elif start.preset or helping:
+        default = load_preset(start.preset or "quickstart")
+    else:
+        raise ConfigError(f"preset: missing; give --preset with one of {', '.join(PRESETS)}")
+    words = {word.split("=")[0].replace("_", "-") for word in rest}
+    if "--microbatches" in words and "--global-batch" not in words:
+        default = default.model_copy(update={"global_batch": None})
+    if "--epochs" in words and "--steps" not in words:
+        default = default.model_copy(update={"steps": None})
+    config = parse(RunConfig, rest, prog=prog, default=default)
+    return config.model_copy(update={"output": config.output or f"runs/{config.preset}"})
+
+
+def difference(config: RunConfig) -> list[str]:
+    """What differs from the run's preset, as `key=value` words."""
+
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key != "model"} | values["model"]
+
+    ours, base = flat(config.model_dump()), flat(load_preset(config.preset).model_dump())
+    return [f"{key}={value}" for key, value in ours.items() if value != base[key]]
+
+
+def is_speaker() -> bool:
+    """Whether this process prints: local rank 0 under a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command; a ConfigError becomes one line on stderr and exit code 2."""
+    try:
+        command()
+    except ConfigError as error:
+        if is_speaker():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if is_speaker():
+            print("interrupted", file=sys.stderr)
+        sys.exit(130)
