@@ -1,0 +1,82 @@
+"""Argument checks of the public functions: what is wrong, and what to do about it, in one line."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def no_gradient(name: str, tensor: Tensor) -> None:
+    require(
+        not tensor.requires_grad,
+        f"{name} requires a gradient, which the fused kernels do not compute; detach it",
+    )
+
+
+def same_shape(name: str, tensor: Tensor, pred: Tensor) -> None:
+    require(
+        tensor.shape == pred.shape,
+        f"{name} is {tuple(tensor.shape)}; it must be shaped like pred, {tuple(pred.shape)}",
+    )
+
+
+def num_patches(images: Tensor, patch_size: int) -> int:
+    require(
+        images.ndim == 4, f"images must be [B, C, H, W], not {images.ndim}-d; add the batch axis"
+    )
+    height, width = images.shape[2:]
+    require(
+        height % patch_size == 0 and width % patch_size == 0,
+        f"images of {height}x{width} cannot be cut into patches of {patch_size}; resize them",
+    )
+    return (height // patch_size) * (width // patch_size)
+
+
+def pixel_scale(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """pixel_mean and pixel_std as lists, empty for images that are normalised already."""
+    if images.is_floating_point():
+        require(
+            mean is None and std is None,
+            f"pixel_mean and pixel_std are for uint8 images, not {images.dtype}; leave them out",
+        )
+        return [], []
+    if images.dtype != torch.uint8 or mean is None or std is None:
+        raise ValueError(
+            f"images are {images.dtype}; pass uint8 with pixel_mean and pixel_std, "
+            "or normalise them to floating point"
+        )
+    channels = images.shape[1]
+    require(
+        len(mean) == channels and len(std) == channels,
+        f"pixel_mean and pixel_std have {len(mean)} and {len(std)} values; images have {channels} "
+        "channels",
+    )
+    return list(mean), list(std)
+
+
+def selection(
+    pred: Tensor, mask: Tensor | None, ids: Tensor | None, num_patches: int, prefix_tokens: int
+) -> None:
+    require(pred.ndim == 3, f"pred must be [B, T, D], not {pred.ndim}-d")
+    require((mask is None) != (ids is None), "pass exactly one of mask and ids")
+    batch, num_tokens, _ = pred.shape
+    if ids is not None:
+        require(
+            ids.shape == (batch, num_tokens) and prefix_tokens == 0,
+            f"ids {tuple(ids.shape)} and prefix_tokens={prefix_tokens} do not fit packed "
+            f"pred {tuple(pred.shape)}; pass ids [B, K], prefix_tokens 0",
+        )
+        return
+    assert mask is not None, "one of mask and ids is given"
+    require(
+        mask.shape == (batch, num_patches) and num_tokens == num_patches + prefix_tokens,
+        f"mask {tuple(mask.shape)} and pred {tuple(pred.shape)} do not fit {num_patches} patches "
+        f"and prefix_tokens={prefix_tokens}; mask is [B, L] and pred [B, L + prefix_tokens, D]",
+    )

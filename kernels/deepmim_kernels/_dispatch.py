@@ -1,0 +1,56 @@
+"""Which implementation runs: the Triton kernels or the plain torch reference."""
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+TRITON_AVAILABLE = importlib.util.find_spec("triton") is not None
+# Triton fixes this when a kernel is decorated, so it is read once, when the package is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# What backend="auto" means; a module constant because a compiled graph cannot read the environment.
+DEFAULT_BACKEND = os.environ.get("DEEPMIM_KERNELS", "auto")
+
+DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+
+
+def use_triton(backend: str, *tensors: Tensor) -> bool:
+    """Whether these tensors (the floating inputs of one call) go to the Triton kernel.
+
+    `auto` means the value of `DEEPMIM_KERNELS`, and where that is unset Triton on a GPU that
+    supports the kernel and the reference elsewhere.
+    Raises `ValueError` for an unknown backend, or for `triton` where it cannot run.
+    """
+    choice = DEFAULT_BACKEND if backend == "auto" else backend
+    if choice not in ("auto", "triton", "torch"):
+        raise ValueError(
+            f"backend={choice!r} is not a kernel backend; "
+            "use 'auto', 'triton' or 'torch' (argument `backend` or variable DEEPMIM_KERNELS)"
+        )
+    if choice == "torch":
+        return False
+    obstacle = _obstacle(tensors)
+    if choice == "triton" and obstacle is not None:
+        raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='auto' or 'torch'")
+    return obstacle is None and (choice == "triton" or tensors[0].is_cuda)
+
+
+def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+    if not TRITON_AVAILABLE:
+        return "triton is not installed"
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"no kernel takes {tensor.dtype}"
+    if not tensors[0].is_cuda:
+        return None if INTERPRETED else f"the tensors are on {tensors[0].device}"
+    capability = torch.cuda.get_device_capability(tensors[0].device)
+    if capability < (7, 0):
+        return f"compute capability {capability} is below 7.0"
+    # Volta and Turing have no bf16 instructions; emulation is slower than the reference.
+    if capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return f"compute capability {capability} has no bfloat16"
+    return None

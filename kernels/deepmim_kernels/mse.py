@@ -1,0 +1,215 @@
+"""Masked mean squared error against the pixels of the image, fused.
+
+    x[n, d]  = pixel of patch n, d = (row * P + column) * C + channel
+    t        = (x - mean(x)) / sqrt(var(x) + 1e-6)      per patch, unbiased variance (norm_pix)
+    t        = alpha * t + (1 - alpha) * generator      hybrid target, optional
+    r        = pred (+ pred2) - t
+    loss     = sum_n m[n] * mean_d(r^2) / sum_n m[n]
+    dloss/dp = 2 * r * m[n] / (D * sum m)               the same tensor for pred and pred2
+
+Shapes: B batch, L patches, T tokens of a prediction (L + prefix, or K packed), K masked patches,
+C channels, H x W image, P patch side, D = P * P * C.
+"""
+
+# mypy: allow-untyped-defs
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepmim_kernels._common import (
+    launch,
+    load_pixels,
+    onepass_gradient,
+    row_scale,
+    row_weight,
+    warps_for,
+)
+
+
+@triton.jit
+def masked_mse_kernel(
+    pred_ptr,
+    pred2_ptr,
+    generator_ptr,
+    images_ptr,
+    mask_ptr,
+    ids_ptr,
+    upstream_ptr,
+    count_ptr,
+    rows_ptr,
+    grad_ptr,
+    image_b,
+    image_c,
+    image_y,
+    image_x,
+    alpha,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GRID_WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+):
+    """One program per token; null pointers switch their parts off at compile time."""
+    D: tl.constexpr = P * P * C
+    t = tl.program_id(0)
+    num_tokens = tl.num_programs(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = b * num_tokens + t
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    weight = row_weight(mask_ptr, b, t, num_tokens, PREFIX)
+    if weight == 0.0:
+        if rows_ptr is not None:
+            tl.store(rows_ptr + row, 0.0)
+        if grad_ptr is not None:
+            zeros = tl.zeros((BLOCK,), dtype=grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + row * D + d, zeros, mask=inside)
+    else:
+        n = tl.load(ids_ptr + row).to(tl.int32) if ids_ptr is not None else t - PREFIX
+        c = d % C
+        y = (n // GRID_WIDTH) * P + d // (C * P)
+        x = (n % GRID_WIDTH) * P + (d // C) % P
+        pixels = images_ptr + b * image_b + c * image_c + y * image_y + x * image_x
+        target = load_pixels(pixels, c, inside, MEAN, STD, C)
+        if NORM_PIX:
+            # Two passes over registers: E[x^2] - E[x]^2 loses every digit on a flat patch.
+            centred = tl.where(inside, target - tl.sum(target, axis=0) / D, 0.0)
+            variance = tl.sum(centred * centred, axis=0) / (D - 1)
+            target = centred / tl.sqrt(variance + 1e-6)
+        if generator_ptr is not None:
+            generated = tl.load(generator_ptr + row * D + d, mask=inside, other=0.0)
+            target = alpha * target + (1.0 - alpha) * generated.to(tl.float32)
+        pred = tl.load(pred_ptr + row * D + d, mask=inside, other=0.0)
+        residual = pred.to(tl.float32) - target
+        if pred2_ptr is not None:
+            pred2 = tl.load(pred2_ptr + row * D + d, mask=inside, other=0.0)
+            residual += pred2.to(tl.float32)
+        if rows_ptr is not None:
+            tl.store(rows_ptr + row, weight * tl.sum(residual * residual, axis=0) / D)
+        if grad_ptr is not None:
+            # The scale is applied before rounding: at 2 / (768 * 18816) fp16 would underflow.
+            scale = row_scale(upstream_ptr, count_ptr) * weight * (2.0 / D)
+            gradient = (residual * scale).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + row * D + d, gradient, mask=inside)
+
+
+def launch_masked_mse(
+    rows: Tensor | None,
+    grad: Tensor | None,
+    pred: Tensor,
+    pred2: Tensor | None,
+    generator: Tensor | None,
+    images: Tensor,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    upstream: Tensor | None,
+    count: Tensor | None,
+    patch_size: int,
+    prefix_tokens: int,
+    norm_pix: bool,
+    alpha: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Fill `rows` [B, T] fp32 and `grad` [B, T, D]; either may be None."""
+    batch, num_tokens, dim = pred.shape
+    block = triton.next_power_of_2(dim)
+    launch(
+        masked_mse_kernel,
+        (num_tokens, batch),
+        pred.contiguous(),
+        None if pred2 is None else pred2.contiguous(),
+        None if generator is None else generator.contiguous(),
+        images,
+        mask,
+        ids,
+        upstream,
+        count,
+        rows,
+        grad,
+        *images.stride(),
+        alpha,
+        P=patch_size,
+        C=images.shape[1],
+        BLOCK=block,
+        GRID_WIDTH=images.shape[3] // patch_size,
+        PREFIX=prefix_tokens,
+        NORM_PIX=norm_pix,
+        MEAN=tuple(mean),
+        STD=tuple(std),
+        num_warps=warps_for(block, pred.element_size()),
+    )
+
+
+_INPUTS = "Tensor pred, Tensor? pred2, Tensor? generator, Tensor images, Tensor? mask, Tensor? ids"
+_CONFIG = "int patch_size, int prefix_tokens, bool norm_pix, float alpha, float[] mean, float[] std"
+
+
+@torch.library.custom_op(
+    "deepmim::masked_mse",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor? hint, Tensor? count, bool onepass, {_CONFIG})"
+    " -> (Tensor loss, Tensor rows, Tensor grad)",
+)
+def masked_mse_op(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], weighted rows [B, T] and, if `onepass`, the gradient at scale `hint`."""
+    tensors, onepass, config = args[:7], args[7], args[8:]
+    _, rows, grad = _outputs(pred, *args)
+    launch_masked_mse(rows, grad if onepass else None, pred, *tensors, *config)
+    count = tensors[-1]
+    return rows.sum() / (rows.numel() if count is None else count), rows, grad
+
+
+@masked_mse_op.register_fake
+def _outputs(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    onepass = args[7]
+    rows = pred.new_empty(pred.shape[:2], dtype=torch.float32)
+    grad = torch.empty(pred.shape if onepass else (0,), dtype=pred.dtype, device=pred.device)
+    return pred.new_empty((), dtype=torch.float32), rows, grad
+
+
+@torch.library.custom_op(
+    "deepmim::masked_mse_gradient",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor upstream, Tensor? count, {_CONFIG}) -> Tensor",
+)
+def masked_mse_gradient_op(pred: Tensor, *args: Any) -> Tensor:
+    """The gradient [B, T, D] from the saved inputs (mode `recompute`)."""
+    grad = _gradient(pred)
+    launch_masked_mse(None, grad, pred, *args)
+    return grad
+
+
+@masked_mse_gradient_op.register_fake
+def _gradient(pred: Tensor, *args: Any) -> Tensor:
+    return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, hint, count, onepass = inputs[:9]
+    ctx.set_materialize_grads(False)
+    ctx.config = inputs[9:]
+    ctx.onepass = onepass
+    ctx.pair = tensors[1] is not None
+    ctx.spent = False
+    ctx.save_for_backward(*((output[2], hint) if onepass else (*tensors, count)))
+
+
+def _backward(ctx: Any, upstream: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+    if ctx.onepass:
+        grad = onepass_gradient(ctx, upstream, *ctx.saved_tensors)
+    else:
+        *inputs, count = ctx.saved_tensors
+        grad = masked_mse_gradient_op(*inputs, upstream, count, *ctx.config)
+    return (grad, grad if ctx.pair else None, *[None] * 13)
+
+
+masked_mse_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,129 @@
+"""The definition of every operation in plain torch: any floating dtype, any device, autograd.
+
+The tests, the benchmarks and the CPU path all use these functions; the kernels must equal them.
+Formulas follow the official MAE and DeepMIM code (`models_mae.py`); in float64 they agree with it
+to rounding. One deliberate difference: with nothing masked the loss is 0 where theirs is 0 / 0.
+
+Shapes: B batch, L patches, T tokens of a prediction (L + prefix, or K packed), K masked patches,
+C channels, H x W image, P patch side, D features of a prediction.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Floats = Sequence[float]
+
+
+def normalise(images: Tensor, mean: Floats, std: Floats, dtype: torch.dtype) -> Tensor:
+    """Images [B, C, H, W] in `dtype`; with `mean` and `std`, bytes v as (v / 255 - mean) / std."""
+    x = images.to(dtype)
+    if not mean:
+        return x
+    channels = (1, len(mean), 1, 1)
+    return (x / 255 - x.new_tensor(mean).view(channels)) / x.new_tensor(std).view(channels)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Pixels of every patch in MAE's order (row, column, channel): [B, L, P*P*C]."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    x = images.reshape(batch, channels, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+
+def pixel_target(images: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
+    """What the pixel loss regresses, [B, L, P*P*C]; `norm_pix` uses the unbiased variance."""
+    target = patchify(images, patch_size)
+    if norm_pix:
+        mean = target.mean(dim=-1, keepdim=True)
+        variance = target.var(dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1.0e-6) ** 0.5
+    return target
+
+
+def take_rows(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` [B, K] of x [B, L, D], as [B, K, D]."""
+    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def masked_mean(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum(rows * mask) / sum(mask) over the batch, and the weighted rows [B, T]."""
+    if mask is None:
+        return rows.mean(), rows
+    weighted = rows * mask
+    count = mask.sum()
+    return weighted.sum() / count.masked_fill(count == 0, 1.0), weighted
+
+
+def masked_mse(
+    pred: Tensor,
+    pred2: Tensor | None,
+    generator: Tensor | None,
+    images: Tensor,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    *,
+    patch_size: int,
+    prefix_tokens: int,
+    norm_pix: bool,
+    alpha: float,
+    mean: Floats,
+    std: Floats,
+) -> tuple[Tensor, Tensor]:
+    """Loss [] and weighted row losses [B, L] or [B, K]; at least fp32 inside."""
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    if images.is_floating_point():
+        dtype = torch.promote_types(dtype, images.dtype)
+    target = pixel_target(normalise(images, mean, std, dtype), patch_size, norm_pix)
+    if ids is not None:
+        target = take_rows(target, ids)
+    if generator is not None:
+        target = alpha * target + (1 - alpha) * generator[:, prefix_tokens:]
+    total = pred.to(dtype) if pred2 is None else pred.to(dtype) + pred2
+    rows = ((total[:, prefix_tokens:] - target) ** 2).mean(dim=-1)
+    return masked_mean(rows, None if mask is None else mask.to(dtype))
+
+
+def masked_cosine(
+    pred: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    *,
+    prefix_tokens: int,
+    teacher_prefix_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss [] and weighted row losses 2 - 2 cos [B, L] or [B, K]; at least fp32 inside."""
+    dtype = torch.promote_types(torch.promote_types(pred.dtype, teacher.dtype), torch.float32)
+    pred = pred[:, prefix_tokens:].to(dtype)
+    teacher = teacher[:, teacher_prefix_tokens:].to(dtype)
+    if ids is not None:
+        teacher = take_rows(teacher, ids)
+    pred = pred / pred.norm(dim=-1, keepdim=True)
+    teacher = teacher / teacher.norm(dim=-1, keepdim=True)
+    rows = 2 - 2 * (pred * teacher).sum(dim=-1)
+    return masked_mean(rows, None if mask is None else mask.to(dtype))
+
+
+def decoder_assemble(
+    tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor
+) -> Tensor:
+    """MAE's decoder input [B, L+1, D]: CLS, un-shuffled tokens with mask tokens, positions."""
+    batch, num_patches = ids_restore.shape
+    missing = num_patches + 1 - tokens.shape[1]
+    patches = torch.cat([tokens[:, 1:], mask_token.expand(batch, missing, -1)], dim=1)
+    return torch.cat([tokens[:, :1], take_rows(patches, ids_restore)], dim=1) + pos_embed
+
+
+def gather_patches(
+    images: Tensor, ids: Tensor, *, patch_size: int, mean: Floats, std: Floats
+) -> Tensor:
+    """Pixels of the patches `ids` in the order of a convolution's weight: [B, K, C*P*P]."""
+    dtype = images.dtype if images.is_floating_point() else torch.float32
+    x = normalise(images, mean, std, dtype)
+    batch, channels, height, width = x.shape
+    p = patch_size
+    x = x.reshape(batch, channels, height // p, p, width // p, p)
+    return take_rows(x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p), ids)
