@@ -1,0 +1,141 @@
+"""Cuts the encoder into stages: exact dynamic programming, or a layout string from the user.
+
+A decoder always lives on the stage of the block that it taps, so a layout is a list of cuts between
+blocks. Legend: P stages, n blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.plan.cost import StageCost, stage_cost
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks `first`..`last` - 1 (from 0) and the decoders (indices from 0) after them."""
+
+    first: int
+    last: int
+    decoders: tuple[int, ...]
+
+
+Layout = tuple[Stage, ...]
+
+
+def stages_at(config: ModelConfig, cuts: Sequence[int]) -> Layout:
+    """Stages that end after the given numbers of blocks, the last being the depth."""
+    return tuple(
+        Stage(a, b, tuple(k for k, tap in enumerate(config.taps) if a < tap <= b))
+        for a, b in zip([0, *cuts[:-1]], cuts, strict=True)
+    )
+
+
+def minimax_cuts(
+    num_blocks: int,
+    num_stages: int,
+    cost: Callable[[int, int], float],
+    fits: Callable[[int, int, int], bool] = lambda stage, first, last: True,
+) -> tuple[int, ...] | None:
+    """Cuts that make the most expensive stage cheapest; exact, O(P n^2).
+
+    `cost(first, last)` of the blocks between; `fits(stage, first, last)` says whether the stage of
+    that number has the memory for them. None where no cut fits.
+    """
+    best = {0: (0.0, ())}
+    for stage in range(num_stages):
+        left = num_stages - 1 - stage
+        ends = range(stage + 1, num_blocks - left + 1) if left else [num_blocks]
+        best = {
+            last: min(
+                (max(worst, cost(first, last)), (*cuts, last))
+                for first, (worst, cuts) in best.items()
+                if first < last and fits(stage, first, last)
+            )
+            for last in ends
+            if any(first < last and fits(stage, first, last) for first in best)
+        }
+    return best[num_blocks][1] if num_blocks in best else None
+
+
+def partition(
+    config: ModelConfig,
+    num_stages: int,
+    stage_bytes: Callable[[int, StageCost], float] = lambda stage, cost: 0.0,
+    memory_limit: float = math.inf,
+) -> Layout:
+    """The layout whose slowest stage needs the fewest training FLOPs under a memory cap.
+
+    `stage_bytes(stage, cost)` is what a stage of that number needs. MIRL is cut into equal runs of
+    segments. Raises ConfigError when no layout fits.
+    """
+    if config.method == "mirl":
+        run = config.depth // num_stages
+        return stages_at(config, range(run, config.depth + 1, run))
+
+    @cache
+    def costs(first: int, last: int) -> StageCost:
+        return stage_cost(config, first, last)
+
+    cuts = minimax_cuts(
+        config.depth,
+        num_stages,
+        lambda first, last: costs(first, last).whole.training_flops,
+        lambda stage, first, last: stage_bytes(stage, costs(first, last)) <= memory_limit,
+    )
+    if cuts is None:
+        raise ConfigError(
+            f"stages={num_stages}: no cut of {config.depth} blocks fits {memory_limit / 2**30:.1f} "
+            "GiB; use more stages, more replicas or a smaller microbatch_size"
+        )
+    return stages_at(config, cuts)
+
+
+def format_layout(layout: Layout, config: ModelConfig) -> str:
+    """Readable form: `6d|2d|2d|2d` is 6 blocks and a decoder, then three times 2 and one."""
+    texts = []
+    for stage in layout:
+        ends = sorted({config.taps[k] for k in stage.decoders} | {stage.last})
+        starts = [stage.first, *ends[:-1]]
+        texts.append("".join(
+            f"{end - start}{'d' if end in config.taps else ''}"
+            for start, end in zip(starts, ends, strict=True)
+        ))  # fmt: skip
+    return "|".join(texts)
+
+
+def parse_layout(text: str, config: ModelConfig) -> Layout:
+    """Read a layout string; ConfigError unless blocks and decoders are those of the model."""
+    cuts: list[int] = []
+    taps: list[int] = []
+    block = 0
+    for part in text.split("|"):
+        if not re.fullmatch(r"(\d+d)*\d+d?", part):
+            example = format_layout(stages_at(config, [config.depth]), config)
+            raise ConfigError(
+                f"layout={text}: '{part}' is no stage; write numbers of blocks, each followed by d "
+                f"where a decoder taps it, stages separated by |; on one stage it is {example}"
+            )
+        for blocks, decoder in re.findall(r"(\d+)(d?)", part):
+            block += int(blocks)
+            taps += [block] if decoder else []
+        cuts.append(block)
+    if block != config.depth or any(a >= b for a, b in zip([0, *cuts], cuts, strict=False)):
+        raise ConfigError(
+            f"layout={text}: adds up to {block} blocks in {len(cuts)} stages; must be "
+            f"depth={config.depth} with at least one block in each stage"
+        )
+    if tuple(taps) != config.taps:
+        raise ConfigError(
+            f"layout={text}: decoders after blocks {taps}, but taps={list(config.taps)}; "
+            f"write {format_layout(stages_at(config, cuts), config)}"
+        )
+    layout = stages_at(config, cuts)
+    if config.method == "mirl" and layout != partition(config, len(cuts)):
+        raise ConfigError(f"layout={text}: mirl needs equal runs of segments; leave layout out")
+    return layout

@@ -1,0 +1,237 @@
+"""Schedules as data: one list of instructions per rank, simulated, drawn, checked and executed.
+
+Stages are numbered globally from 0 in the order of the encoder's blocks. `linear` placement puts
+stage r on rank r; `v` puts stages r and 2P - 1 - r on rank r of P, which makes both stages of a
+MIRL pair local.
+
+Compute instructions (of a stage and a micro-batch) and what each may rely on:
+
+| kind                      | does                                      | after                    |
+|---------------------------|-------------------------------------------|--------------------------|
+| `forward`                 | encoder slice (MIRL: also its carries)    | forward above            |
+| `decoder`                 | decoders one by one, each forward and     | forward                  |
+|                           | backward on the detached tap              |                          |
+| `decoder_forward`         | decoders' forward on the detached taps    | forward                  |
+| `decoder_backward`        | their losses and backward                 | decoder_forward (pairs)  |
+| `encoder_backward`        | backward through the encoder slice        | decoder(_backward),      |
+|                           |                                           | encoder_backward below   |
+| `decoder_weight_gradient` | queued weight gradients of the decoders   | decoder(_backward)       |
+| `encoder_weight_gradient` | queued weight gradients of the encoder    | encoder_backward         |
+| `flush`                   | last of a rank: reduce, vote, optimizer   | everything               |
+
+"Above" is stage - 1, "below" is stage + 1. A stage without a decoder has no decoder instructions.
+The weight-gradient kinds appear only when `Style.split` is true: then the backward of Linear layers
+leaves their weight gradients queued, and nothing else changes. When `Style.inline` is true (`gpipe`
+and `1f1b`), "forward above" means all of it, decoders included, and the decoders' backward too
+waits for the gradient from below.
+
+MIRL pairs stage s with stage S - 1 - s of S. The deeper one's `decoder_backward` evaluates the pair
+losses, so it needs the partner's `decoder_forward` (payload `prediction`), and makes the gradient
+that the shallower one's `decoder_backward` needs (payload `prediction_gradient`). A stage that is
+its own partner holds both halves.
+
+Messages: `send` never waits (isend; keep the tensor alive until it is done), `receive` waits.
+`peer` is the *stage* at the other end; `Pipeline.rank_of(peer)` is its rank. A message is known by
+(payload, stage, peer, micro-batch), there is exactly one `receive` for it, and the messages of one
+(payload, source, target) travel in micro-batch order at both ends, so no tags are needed where each
+payload and direction has a channel of its own. A `receive` may be posted earlier than its place.
+Stages on the same rank exchange no messages: the executor hands the tensor over.
+
+Order: for each stage and kind the micro-batches come as 0, 1, ..., M - 1. Every parameter's
+gradient is thus accumulated in the same order whatever the schedule, which makes sums bit-equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal[
+    "forward", "decoder", "decoder_forward", "decoder_backward", "encoder_backward",
+    "decoder_weight_gradient", "encoder_weight_gradient", "send", "receive", "flush",
+]  # fmt: skip
+Payload = Literal["activation", "gradient", "prediction", "prediction_gradient"]
+Placement = Literal["linear", "v"]
+Name = Literal["gpipe", "1f1b", "dib", "dib_w", "zb_h1"]
+
+Message = tuple[Payload | None, int | None, int | None, int]
+"""(payload, source stage, target stage, micro-batch)."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step of a rank; `payload` and `peer` (a stage) are set for messages only."""
+
+    kind: Kind
+    stage: int
+    microbatch: int
+    """-1 for flush."""
+    payload: Payload | None = None
+    peer: int | None = None
+
+    @property
+    def message(self) -> Message:
+        """What identifies a message, the same at both ends."""
+        ends = (self.stage, self.peer) if self.kind == "send" else (self.peer, self.stage)
+        return (self.payload, *ends, self.microbatch)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Where stages are and which of them have decoders."""
+
+    num_ranks: int
+    decoders: tuple[bool, ...]
+    """For each stage: has it a decoder?"""
+    placement: Placement = "linear"
+    paired: bool = False
+    """MIRL: the losses join stage s and stage S - 1 - s."""
+    local_gradients: bool = False
+    """gradient_flow=local: no gradient crosses a boundary (another algorithm)."""
+
+    def __post_init__(self) -> None:
+        stages = self.num_ranks * (2 if self.placement == "v" else 1)
+        assert len(self.decoders) == stages, f"{len(self.decoders)} stages on {self}"
+
+    @property
+    def num_stages(self) -> int:
+        """S."""
+        return len(self.decoders)
+
+    def rank_of(self, stage: int) -> int:
+        """Rank that holds a stage."""
+        if self.placement == "v" and stage >= self.num_ranks:
+            return self.num_stages - 1 - stage
+        return stage
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """Stages of a rank, shallow first."""
+        return tuple(stage for stage in range(self.num_stages) if self.rank_of(stage) == rank)
+
+    def partner(self, stage: int) -> int:
+        """The other stage of a pair."""
+        return self.num_stages - 1 - stage
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a stage's work is cut into instructions."""
+
+    fused: bool = False
+    """Each decoder runs forward and backward at once (`decoder`)."""
+    inline: bool = False
+    """As a framework does that sees the stage as one module: the activation leaves after the
+    decoders' forward, and their backward waits for the gradient from below."""
+    split: bool = False
+    """Weight gradients are instructions of their own."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The instruction lists of one optimizer step."""
+
+    name: Name
+    pipeline: Pipeline
+    num_microbatches: int
+    style: Style
+    ranks: tuple[tuple[Instruction, ...], ...]
+
+
+def stage_kinds(pipeline: Pipeline, stage: int, style: Style) -> tuple[Kind, ...]:
+    """Compute kinds that every micro-batch passes on a stage."""
+    kinds: list[Kind] = ["forward"]
+    if pipeline.decoders[stage]:
+        kinds += ["decoder"] if style.fused else ["decoder_forward", "decoder_backward"]
+        kinds += ["decoder_weight_gradient"] if style.split else []
+    kinds += ["encoder_backward"]
+    kinds += ["encoder_weight_gradient"] if style.split else []
+    return tuple(kinds)
+
+
+def needs(
+    pipeline: Pipeline, step: Instruction, style: Style
+) -> Iterator[tuple[Instruction, Payload | None]]:
+    """What a step relies on, each with the payload that it takes from there (None: no tensor)."""
+    stage, microbatch = step.stage, step.microbatch
+    has_decoder = pipeline.decoders[stage]
+    below = stage + 1 < pipeline.num_stages and not pipeline.local_gradients
+    first_backward = "decoder_backward" if style.inline and has_decoder else "encoder_backward"
+
+    def at(kind: Kind, stage: int = stage) -> Instruction:
+        return Instruction(kind, stage, microbatch)
+
+    loss: Kind = "decoder" if style.fused else "decoder_backward"
+    if step.kind == "forward":
+        if stage > 0:
+            leaves = style.inline and pipeline.decoders[stage - 1]
+            yield at("decoder_forward" if leaves else "forward", stage - 1), "activation"
+    elif step.kind in ("decoder", "decoder_forward"):
+        yield at("forward"), None
+    elif step.kind == "decoder_backward":
+        yield at("decoder_forward"), None
+        partner = pipeline.partner(stage)
+        if pipeline.paired and partner < stage:
+            yield at("decoder_forward", partner), "prediction"
+        elif pipeline.paired and partner > stage:
+            yield at("decoder_backward", partner), "prediction_gradient"
+    elif step.kind == "encoder_backward":
+        yield at(loss if has_decoder else "forward"), None
+    elif step.kind == "decoder_weight_gradient":
+        yield at(loss), None
+    elif step.kind == "encoder_weight_gradient":
+        yield at("encoder_backward"), None
+    if step.kind == first_backward and below:
+        yield at("encoder_backward", stage + 1), "gradient"
+
+
+def with_messages(
+    name: Name,
+    pipeline: Pipeline,
+    num_microbatches: int,
+    orders: Sequence[Sequence[Instruction]],
+    style: Style,
+) -> Schedule:
+    """Put receives before, and sends after, the steps of each rank, and a flush at the end."""
+    incoming: dict[Instruction, list[Instruction]] = {}
+    outgoing: dict[Instruction, list[Instruction]] = {}
+    for step in (step for order in orders for step in order):
+        for source, payload in needs(pipeline, step, style):
+            if pipeline.rank_of(source.stage) == pipeline.rank_of(step.stage):
+                continue
+            assert payload is not None, f"{step} needs {source} of another rank without a message"
+            receive = Instruction("receive", step.stage, step.microbatch, payload, source.stage)
+            send = Instruction("send", source.stage, step.microbatch, payload, step.stage)
+            incoming.setdefault(step, []).append(receive)
+            outgoing.setdefault(source, []).append(send)
+
+    ranks = []
+    for rank, order in enumerate(orders):
+        instructions: list[Instruction] = []
+        for step in order:
+            instructions += [*incoming.get(step, []), step, *outgoing.get(step, [])]
+        flush = Instruction("flush", pipeline.stages_of(rank)[0], -1)
+        ranks.append((*instructions, flush))
+    return Schedule(name, pipeline, num_microbatches, style, tuple(ranks))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Durations in seconds, predicted or profiled, of one schedule's instructions."""
+
+    compute: Mapping[tuple[Kind, int], float]
+    """By kind and stage."""
+    transfer: Mapping[Payload, float]
+    """Of one message, from send to arrival; missing payloads take no time."""
+
+    def of(self, step: Instruction) -> float:
+        """Seconds that an instruction keeps its rank busy; messages do not."""
+        return self.compute.get((step.kind, step.stage), 0.0)
+
+
+def to_json(schedule: Schedule, rank: int) -> list[dict[str, Any]]:
+    """A rank's instructions as plain dictionaries without empty fields."""
+    return [
+        {key: value for key, value in vars(instruction).items() if value is not None}
+        for instruction in schedule.ranks[rank]
+    ]

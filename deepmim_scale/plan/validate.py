@@ -1,0 +1,116 @@
+"""Checks a schedule without running it: completeness, order, dependencies, messages, memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from deepmim_scale.plan.schedule import Instruction, Message, Schedule, Times, needs, stage_kinds
+from deepmim_scale.plan.simulate import Memory, peak_activation_bytes, simulate
+
+
+class ScheduleError(ValueError):
+    """A schedule that must not be executed."""
+
+
+def validate(
+    schedule: Schedule, memory: Sequence[Memory] = (), memory_limit: int | None = None
+) -> None:
+    """Raise ScheduleError (or Deadlock) naming rank and instruction of the first fault.
+
+    With a memory limit (bytes of activations, any rank) also its peak is checked.
+    """
+    ranks = range(len(schedule.ranks))
+    for rank in ranks:
+        _check_completeness(schedule, rank)
+    sources = _message_sources(schedule)
+    _check_messages(schedule, sources)
+    for rank in ranks:
+        _check_order(schedule, rank)
+        _check_dependencies(schedule, rank, sources)
+    simulate(schedule, Times({}, {}))  # raises Deadlock
+    if memory_limit is not None:
+        peaks = peak_activation_bytes(schedule, memory)
+        for rank, peak in enumerate(peaks):
+            if peak > memory_limit:
+                raise ScheduleError(f"rank {rank}: keeps {peak} bytes, limit {memory_limit}")
+
+
+def _check_completeness(schedule: Schedule, rank: int) -> None:
+    """Each micro-batch passes each kind of each stage of the rank once, and nothing else."""
+    pipeline = schedule.pipeline
+    expected = Counter(
+        Instruction(kind, stage, microbatch)
+        for stage in pipeline.stages_of(rank)
+        for kind in stage_kinds(pipeline, stage, schedule.style)
+        for microbatch in range(schedule.num_microbatches)
+    )
+    last = schedule.ranks[rank][-1]
+    flush = Instruction("flush", pipeline.stages_of(rank)[0], -1)
+    if last != flush:
+        raise ScheduleError(f"rank {rank}: ends with {last}, not with flush")
+    found = Counter(step for step in schedule.ranks[rank] if step.payload is None)
+    expected[flush] = 1
+    for step in (expected - found) | (found - expected):
+        raise ScheduleError(f"rank {rank}: {step} {found[step]} times, not {expected[step]}")
+
+
+def _check_order(schedule: Schedule, rank: int) -> None:
+    """Micro-batches of one stage and kind (and payload and peer) come as 0, 1, 2, ..."""
+    following: Counter[tuple[object, ...]] = Counter()
+    for step in schedule.ranks[rank][:-1]:
+        key = (step.kind, step.stage, step.payload, step.peer)
+        if step.microbatch != following[key]:
+            raise ScheduleError(f"rank {rank}: {step} before micro-batch {following[key]}")
+        following[key] += 1
+
+
+def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, Instruction]) -> None:
+    """What a step relies on is done before on this rank, or received; what is sent is made."""
+    pipeline = schedule.pipeline
+    done: set[Instruction | Message] = set()
+    for step in schedule.ranks[rank]:
+        if step.kind == "receive":
+            required: list[Instruction | Message] = []
+        elif step.kind == "send":
+            required = [sources.get(step.message, step)]
+        else:
+            required = [
+                source
+                if pipeline.rank_of(source.stage) == rank
+                else (payload, source.stage, step.stage, step.microbatch)
+                for source, payload in needs(pipeline, step, schedule.style)
+            ]
+        for need in required:
+            if need not in done:
+                raise ScheduleError(f"rank {rank}: {step} comes before what it needs, {need}")
+        done.add(step.message if step.kind == "receive" else step)
+
+
+def _message_sources(schedule: Schedule) -> dict[Message, Instruction]:
+    """Every message that the pipeline needs and the step that makes its tensor."""
+    pipeline = schedule.pipeline
+    return {
+        (payload, source.stage, step.stage, step.microbatch): source
+        for rank, instructions in enumerate(schedule.ranks)
+        for step in instructions
+        if step.payload is None
+        for source, payload in needs(pipeline, step, schedule.style)
+        if pipeline.rank_of(source.stage) != rank
+    }
+
+
+def _check_messages(schedule: Schedule, sources: dict[Message, Instruction]) -> None:
+    """Each needed message has one send and one receive, on the ranks of its two stages."""
+    counts = {"send": Counter(sources.keys()), "receive": Counter(sources.keys())}
+    for rank, instructions in enumerate(schedule.ranks):
+        for step in instructions:
+            if step.payload is None:
+                continue
+            if schedule.pipeline.rank_of(step.stage) != rank:
+                raise ScheduleError(f"rank {rank}: {step} belongs to another rank")
+            counts[step.kind][step.message] -= 1
+    for kind, left in counts.items():
+        for message, count in left.items():
+            if count:
+                raise ScheduleError(f"message {message}: {1 - count} {kind}s, not 1")

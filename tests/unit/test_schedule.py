@@ -1,0 +1,183 @@
+"""Every generated schedule is legal, and the validator finds every kind of damage."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepmim_scale.plan.generate import build
+from deepmim_scale.plan.schedule import Instruction, Pipeline, Times, to_json
+from deepmim_scale.plan.simulate import Deadlock, Memory
+from deepmim_scale.plan.validate import ScheduleError, validate
+
+NAMES = ("gpipe", "1f1b", "dib", "dib_w", "zb_h1")
+
+
+def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0) -> Times:
+    """Uneven but fixed durations."""
+    backward = 1 if split else 2
+    compute = {}
+    for stage in range(num_stages):
+        encoder, decoder = 1 + (seed * (stage + 1)) % 3, 1 + (seed + stage) % 4
+        compute |= {
+            ("forward", stage): encoder,
+            ("decoder_forward", stage): decoder,
+            ("decoder_backward", stage): backward * decoder,
+            ("decoder", stage): (1 + backward) * decoder,
+            ("encoder_backward", stage): backward * encoder,
+            ("decoder_weight_gradient", stage): decoder,
+            ("encoder_weight_gradient", stage): encoder,
+        }
+    payloads = ("activation", "gradient", "prediction", "prediction_gradient")
+    return Times(compute, {payload: transfer for payload in payloads})
+
+
+def make(name, pipeline, num_microbatches, seed=3, transfer=0.0):
+    times = times_of(pipeline.num_stages, name in ("dib_w", "zb_h1"), seed, transfer)
+    memory = [Memory(10, 8, 4)] * pipeline.num_stages
+    return build(name, pipeline, num_microbatches, times, memory)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    decoders=st.lists(st.booleans(), min_size=1, max_size=5),
+    num_microbatches=st.integers(1, 6),
+    seed=st.integers(0, 11),
+    transfer=st.sampled_from([0.0, 0.3]),
+    local=st.booleans(),
+)
+def test_linear_schedules_are_legal(name, decoders, num_microbatches, seed, transfer, local):
+    pipeline = Pipeline(len(decoders), tuple(decoders), local_gradients=local)
+    validate(make(name, pipeline, num_microbatches, seed, transfer).schedule)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(("gpipe", "1f1b", "dib")),
+    num_ranks=st.integers(1, 4),
+    placement=st.sampled_from(("linear", "v")),
+    num_microbatches=st.integers(1, 6),
+    seed=st.integers(0, 11),
+    transfer=st.sampled_from([0.0, 0.3]),
+)
+def test_pair_schedules_are_legal(name, num_ranks, placement, num_microbatches, seed, transfer):
+    stages = num_ranks * (2 if placement == "v" else 1)
+    pipeline = Pipeline(num_ranks, (True,) * stages, placement, paired=True)
+    schedule = make(name, pipeline, num_microbatches, seed, transfer).schedule
+    validate(schedule)
+    crossing = {step.payload for rank in schedule.ranks for step in rank if step.payload}
+    assert (placement == "v") <= ("prediction" not in crossing)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order_of_accumulation_is_the_same(name):
+    """Per stage, every kind that adds to a gradient takes micro-batches as 0, 1, 2, ..."""
+    schedule = make(name, Pipeline(3, (True, False, True)), 5).schedule
+    adding = ("decoder", "decoder_backward", "encoder_backward", "decoder_weight_gradient",
+              "encoder_weight_gradient")  # fmt: skip
+    for rank, instructions in enumerate(schedule.ranks):
+        for kind in adding:
+            found = [step.microbatch for step in instructions if step.kind == kind]
+            assert found in ([], [0, 1, 2, 3, 4]), (rank, kind, found)
+
+
+def test_1f1b_is_the_textbook_order():
+    schedule = make("1f1b", Pipeline(2, (False, False)), 3).schedule
+    short = [
+        "".join(f"{step.kind[0]}{step.microbatch} " for step in rank if step.payload is None)
+        for rank in schedule.ranks
+    ]
+    assert short == ["f0 f1 e0 f2 e1 e2 f-1 ", "f0 e0 f1 e1 f2 e2 f-1 "]
+
+
+def test_v_places_pairs_on_one_rank():
+    pipeline = Pipeline(3, (True,) * 6, "v", paired=True)
+    assert [pipeline.stages_of(rank) for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
+    assert all(pipeline.rank_of(s) == pipeline.rank_of(pipeline.partner(s)) for s in range(6))
+
+
+def damaged(schedule, rank, edit):
+    instructions = list(schedule.ranks[rank])
+    edit(instructions)
+    ranks = list(schedule.ranks)
+    ranks[rank] = tuple(instructions)
+    return replace(schedule, ranks=tuple(ranks))
+
+
+def swap(first, second):
+    def edit(steps):
+        i, j = steps.index(first), steps.index(second)
+        steps[i], steps[j] = steps[j], steps[i]
+
+    return edit
+
+
+FORWARD_1 = Instruction("forward", 1, 0)
+RECEIVE_1 = Instruction("receive", 1, 0, "activation", 0)
+DAMAGE = {
+    "missing receive": (1, lambda steps: steps.remove(RECEIVE_1), "0 receives, not 1"),
+    "double send": (
+        0,
+        lambda steps: steps.insert(3, Instruction("send", 0, 0, "activation", 1)),
+        "2 sends, not 1",
+    ),
+    "missing step": (1, lambda steps: steps.remove(FORWARD_1), "0 times, not 1"),
+    "double step": (1, lambda steps: steps.insert(4, FORWARD_1), "2 times, not 1"),
+    "used before it came": (1, swap(RECEIVE_1, FORWARD_1), "comes before what it needs"),
+    "sent before it was made": (
+        0,
+        swap(Instruction("forward", 0, 0), Instruction("send", 0, 0, "activation", 1)),
+        "comes before what it needs",
+    ),
+    "order": (
+        1,
+        swap(Instruction("decoder", 1, 0), Instruction("decoder", 1, 1)),
+        "before micro-batch 0",
+    ),
+    "no flush": (0, lambda steps: steps.pop(), "not with flush"),
+    "on another rank": (
+        1,
+        lambda steps: steps.insert(0, Instruction("send", 0, 0, "activation", 1)),
+        "belongs to another rank",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_validator_finds_damage(name):
+    rank, edit, message = DAMAGE[name]
+    schedule = make("dib_w", Pipeline(2, (True, True)), 2).schedule
+    with pytest.raises(ScheduleError, match=message):
+        validate(damaged(schedule, rank, edit))
+
+
+def test_validator_finds_deadlock():
+    """Rank 0 waits for a gradient before it sends the activation that the gradient needs."""
+    schedule = make("dib", Pipeline(2, (False, False)), 1).schedule
+    receive = Instruction("receive", 0, 0, "gradient", 1)
+
+    def edit(steps):
+        steps.remove(receive)
+        steps.insert(0, receive)
+
+    with pytest.raises(Deadlock, match=r"rank 0 at .*gradient.* rank 1 at .*activation"):
+        validate(damaged(schedule, 0, edit))
+
+
+def test_validator_finds_memory():
+    built = make("gpipe", Pipeline(2, (True, True)), 4)
+    memory = [Memory(10, 8, 4)] * 2
+    assert max(built.peaks) == 4 * 18
+    validate(built.schedule, memory, 72)
+    with pytest.raises(ScheduleError, match="rank 0: keeps 72 bytes, limit 71"):
+        validate(built.schedule, memory, 71)
+
+
+def test_json_has_no_empty_fields():
+    schedule = make("1f1b", Pipeline(2, (True, True)), 1).schedule
+    first, second = to_json(schedule, 1)[:2]
+    assert first == {"kind": "receive", "stage": 1, "microbatch": 0, "payload": "activation",
+                     "peer": 0}  # fmt: skip
+    assert second == {"kind": "forward", "stage": 1, "microbatch": 0}

@@ -1,0 +1,128 @@
+"""Simulated schedules against closed forms and against the published-style table of notes."""
+
+import pytest
+
+from deepmim_scale.plan import cost as costs
+from deepmim_scale.plan.generate import build
+from deepmim_scale.plan.schedule import Pipeline, Times
+from deepmim_scale.plan.simulate import Memory, peak_activation_bytes, simulate
+from deepmim_scale.presets import load_preset
+
+# Depth, taps; stages; micro-batches; idle % of 1f1b, zb_h1, dib, dib_w; speed-up of dib and dib_w.
+# From a search over interruptible decoders with backward = 2 forwards, no transfer times.
+STUDY = [
+    (12, 4, 4, 4, 42.7, 20.6, 17.4, 6.3, 1.44, 1.64),
+    (12, 4, 4, 8, 27.6, 12.0, 9.3, 4.2, 1.25, 1.32),
+    (12, 4, 4, 16, 16.5, 7.1, 4.7, 1.9, 1.14, 1.17),
+    (12, 4, 4, 32, 9.6, 4.4, 2.1, 1.5, 1.08, 1.09),
+    (24, 4, 4, 8, 27.5, 11.8, 14.0, 6.6, 1.19, 1.29),
+    (48, 4, 4, 4, 42.8, 20.3, 31.4, 13.1, 1.20, 1.52),
+    (48, 4, 4, 8, 27.4, 11.6, 18.5, 6.9, 1.12, 1.28),
+    (48, 4, 4, 16, 16.2, 6.5, 10.1, 3.9, 1.07, 1.15),
+    (48, 4, 4, 32, 9.1, 3.8, 5.2, 1.6, 1.04, 1.08),
+    (48, 8, 8, 4, 63.6, 48.0, 43.5, 25.8, 1.55, 2.04),
+    (48, 8, 8, 8, 46.6, 23.1, 27.7, 17.8, 1.35, 1.54),
+    (48, 8, 8, 16, 30.7, 13.6, 16.0, 9.8, 1.21, 1.30),
+    (48, 8, 8, 32, 18.6, 7.9, 8.6, 5.1, 1.12, 1.17),
+]
+
+
+def times(forward, decoder, split):
+    """A gradient with respect to inputs or to weights takes as long as the forward."""
+    backward = 1 if split else 2
+    compute = {}
+    for stage, (f, d) in enumerate(zip(forward, decoder, strict=True)):
+        compute |= {
+            ("forward", stage): f,
+            ("encoder_backward", stage): backward * f,
+            ("encoder_weight_gradient", stage): f,
+            ("decoder_forward", stage): d,
+            ("decoder_backward", stage): backward * d,
+            ("decoder", stage): (1 + backward) * d,
+            ("decoder_weight_gradient", stage): d,
+        }
+    return Times(compute, {})
+
+
+def built(name, forward, decoder, num_microbatches, memory=None):
+    split = name in ("zb_h1", "dib_w")
+    pipeline = Pipeline(len(forward), tuple(d > 0 for d in decoder))
+    memory = memory or [Memory(1, 1, 1)] * len(forward)
+    return build(name, pipeline, num_microbatches, times(forward, decoder, split), memory)
+
+
+@pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 2), (4, 4), (4, 8), (8, 16), (5, 7)])
+@pytest.mark.parametrize("decoder", [0.0, 2.0])
+def test_closed_forms(p, m, decoder):
+    idle = {
+        name: built(name, [1.0] * p, [decoder] * p, m).timeline.idle_fraction
+        for name in ("1f1b", "gpipe", "zb_h1")
+    }
+    assert idle["1f1b"] == pytest.approx((p - 1) / (m + p - 1))
+    assert idle["gpipe"] == pytest.approx((p - 1) / (m + p - 1))
+    assert idle["zb_h1"] == pytest.approx((p - 1) / (3 * m + p - 1))
+
+
+def study_stage(depth, stages, index):
+    """Forward GFLOP of encoder and decoder; the patch embedding trains in 2 of 3 parts."""
+    config = load_preset("deepmim_vit_b_48").model
+    config = config.model_copy(update={"masked_query": False})
+    block = costs.encoder_block_cost(config).forward_flops / 1e9
+    patch = costs.embedding_cost(config).forward_flops * 2 / 3 / 1e9
+    encoder = depth // stages * block + (patch if index == 0 else 0)
+    return encoder, costs.decoder_cost(config, 0).forward_flops / 1e9
+
+
+@pytest.mark.parametrize("row", STUDY, ids=str)
+def test_study(row, capsys):
+    depth, _, p, m, *expected = row
+    stages = [study_stage(depth, p, index) for index in range(p)]
+    forward, decoder = zip(*stages, strict=True)
+    found = {n: built(n, forward, decoder, m) for n in ("1f1b", "zb_h1", "dib", "dib_w")}
+    base = found["1f1b"].timeline.makespan
+    idle = [100 * found[name].timeline.idle_fraction for name in found]
+    speedup = [base / found[name].timeline.makespan for name in ("dib", "dib_w")]
+    with capsys.disabled():
+        print(f"\n  B/{depth} p={p} M={m} idle % {[round(x, 1) for x in idle]} "
+              f"speed-up {[round(x, 2) for x in speedup]}", end="")  # fmt: skip
+    assert idle[:2] == pytest.approx(expected[:2], abs=0.06)
+    assert (1 - idle[2] / 100) >= 0.97 * (1 - expected[2] / 100)
+    assert (1 - idle[3] / 100) >= 0.97 * (1 - expected[3] / 100)
+    assert speedup[0] >= 0.97 * expected[4]
+    assert speedup[1] >= 0.97 * expected[5]
+
+
+def test_dib_uses_less_memory_than_1f1b():
+    """ViT-B/12 with a decoder on each of 4 stages, MB per image, 16-bit."""
+    config = load_preset("deepmim_vit_b_12").model.model_copy(update={"masked_query": False})
+    encoder = 3 * costs.encoder_block_cost(config).activation_bytes()
+    decoder = costs.decoder_cost(config, 0).activation_bytes()
+    memory = [Memory(encoder, decoder, decoder)] * 4
+    peaks = {}
+    for name in ("1f1b", "dib", "dib_w"):
+        stages = [study_stage(12, 4, index) for index in range(4)]
+        peaks[name] = max(built(name, *zip(*stages, strict=True), 8, memory).peaks) / 1e6
+    assert peaks["1f1b"] == pytest.approx(70, rel=0.03)
+    assert peaks["dib"] <= 28
+    assert peaks["dib_w"] <= 28 * 1.03
+
+
+def test_peak_by_hand():
+    """Fused decoders count one at a time; 1f1b holds p micro-batches on the first stage."""
+    memory = [Memory(10, 6, 4)] * 2
+    assert built("1f1b", [1, 1], [1, 1], 4, memory).peaks == (32, 16)
+    schedule = built("dib", [1], [1], 4, memory[:1]).schedule
+    assert schedule.style.fused
+    assert peak_activation_bytes(schedule, memory[:1]) == (14,)
+
+
+def test_transfer_times_by_hand():
+    """One micro-batch, two stages: forward, activation, forward, backward, gradient, backward."""
+    schedule = built("dib", [1.0, 1.0], [0.0, 0.0], 1).schedule
+    timeline = simulate(
+        schedule,
+        Times(times([1.0, 1.0], [0.0, 0.0], False).compute, {"activation": 0.5, "gradient": 0.25}),
+    )
+    assert timeline.makespan == 1 + 0.5 + 1 + 2 + 0.25 + 2
+    assert timeline.busy == (3, 3)
+    assert timeline.idle == pytest.approx((1 - 3 / 6.75,) * 2)
