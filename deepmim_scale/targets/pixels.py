@@ -44,3 +44,24 @@ def pixel_loss(pred: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of masked patches [B, K', P]; at least float32 inside."""
     dtype = torch.promote_types(pred.dtype, torch.float32)
     return (pred.to(dtype) - target.to(dtype)).square().mean(-1).mean()
+
+
+# Statistics of ImageNet, with which MAE, DeepMIM and MIRL normalise their input.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
+    return torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32, normalised by ImageNet's statistics."""
+    mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+    return (images.float() / 255 - mean) / std
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Inverse of `normalise`: float [B, 3, H, W] in [0, 1], clipped."""
+    mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+    return (images * std + mean).clamp(0, 1)

@@ -1,0 +1,63 @@
+"""Saving and loading of a training run: weights, AdamW's state and the place in the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from deepmim_scale.checkpoint import files
+from deepmim_scale.models.stage import Stage
+from deepmim_scale.parallel import zero
+
+
+def save_checkpoint(
+    run: str, step: int, engine: zero.Engine, *, stage: int, replica: int, state: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of `step`; every rank calls it, replica 0 of each stage writes."""
+    final = files.step_folder(run, step)
+    if dist.get_rank() == 0:
+        files.start(final)
+    moments = zero.optimizer_state(engine)
+    dist.barrier()
+    if replica == 0:
+        part = files.part_folder(final)
+        weights = {name: tensor.cpu() for name, tensor in _weights(engine.module).items()}
+        files.write_tensors(part / f"weights_stage{stage:02d}.safetensors", weights)
+        files.write_tensors(part / f"optimizer_stage{stage:02d}.safetensors", moments)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        content = {"step": step, **state, "loss_scaler": zero.scaler_state(engine)}
+        files.finish(final, content)
+    dist.barrier()
+    return final
+
+
+def _weights(module: Any) -> dict[str, Any]:
+    # Decoders of one stage share their frozen position table: it is stored once.
+    return {name: parameter.data for name, parameter in module.named_parameters()}
+
+
+def load_weights(folder: Path, module: Stage) -> None:
+    """Copy a checkpoint's weights into a stage or a whole model, before its engine is built.
+
+    ValueError names a weight that the checkpoint does not have or whose shape differs.
+    """
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    tensors = files.read_tensors(folder, "weights", parameters)
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{tuple(tensors[name].shape)} saved, {tuple(parameter.shape)} in the model"
+            raise ValueError(f"{folder}: {name}: shape {shapes}")
+        parameter.data.copy_(tensors[name])
+
+
+def load_optimizer(folder: Path, engine: zero.Engine) -> None:
+    """Restore AdamW's state and the loss scale into a fresh engine of any replica count."""
+    names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+    keys = [f"{moment}/{name}" for name in names for moment in zero.MOMENTS]
+    state = files.read_state(folder)
+    moments = files.read_tensors(folder, "optimizer", keys)
+    zero.load_optimizer_state(engine, moments, state["updates"])
+    zero.load_scaler_state(engine, state["loss_scaler"])

@@ -1,0 +1,79 @@
+"""What is measured at every step, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.plan.cost import model_cost
+from deepmim_scale.plan.hardware import GPUS, Gpu, mfu
+from deepmim_scale.train.run_folder import METRICS, read_metrics
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far, GiB: of the CUDA allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    """The planner's entry for a CUDA device, by its name; None where it has none."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu for key, gpu in GPUS.items() if key.split("-")[0].upper() in name), None)
+
+
+def throughput(
+    config: ModelConfig, images: int, seconds: float, num_processes: int, device: torch.device
+) -> dict[str, float]:
+    """Rates of one step: images/s, images/s/GPU, TFLOP/s and MFU per process (no MFU on a CPU).
+
+    FLOPs are those of the full model's forward and backward; recomputation does not count.
+    """
+    flops = model_cost(config).whole.training_flops
+    rate = images / seconds
+    row = {
+        "images_per_second": rate,
+        "images_per_second_per_gpu": rate / num_processes,
+        "tflops_per_gpu": flops * rate / num_processes / 1e12,
+    }
+    gpu = known_gpu(device)
+    if gpu is not None:
+        row["mfu"] = mfu(flops, rate / num_processes, gpu)
+    return row
+
+
+class MetricsWriter:
+    """metrics.jsonl (a row per step) and TensorBoard events; rows after `step` are dropped."""
+
+    def __init__(self, run: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports: rank 0 only
+
+        path = Path(run) / METRICS
+        kept = [row for row in read_metrics(run) if row["step"] <= step] if path.exists() else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._lines = path.open("a")
+        self._board = SummaryWriter(Path(run) / "tensorboard", purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers inside dicts get TensorBoard names such as losses/block06."""
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
+        for key, value in row.items():
+            if isinstance(value, dict):
+                for name, number in value.items():
+                    self._board.add_scalar(f"{key}/{name}", number, row["step"])
+            elif isinstance(value, int | float) and key != "step":
+                self._board.add_scalar(f"train/{key}", value, row["step"])
+
+    def close(self) -> None:
+        """Flush both files."""
+        self._lines.close()
+        self._board.close()

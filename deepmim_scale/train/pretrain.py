@@ -1,0 +1,111 @@
+"""Pre-training from the command line: all checks first, then torch, processes and training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from deepmim_scale.arguments import difference, is_speaker, parse_run, run_command
+from deepmim_scale.config import ConfigError, RunConfig
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _scientific(number: float) -> str:
+    mantissa, exponent = f"{number:.6e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def pretrain(config: RunConfig) -> None:
+    """Pre-train as `config` says, in the processes that the launcher started."""
+    from deepmim_scale.data.manifest import find_split, open_manifest
+    from deepmim_scale.data.sample_plan import SamplePlan
+    from deepmim_scale.ds_config import (
+        bundled,
+        load_ds_config,
+        precision_of,
+        resolve_batch,
+        resolve_ds_config,
+    )
+    from deepmim_scale.train.run_folder import check_output
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = resolve_batch(config, num_replicas=world)
+    config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
+    given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
+    ours = check_output(config)
+    if not config.data:
+        raise ConfigError("data: missing; give an image folder, see `deepmim-scale data samples`")
+    train_folder, held_out_folder = (find_split(config.data, split) for split in ("train", "val"))
+    assert train_folder is not None, "find_split raises where there is no training folder"
+    train = open_manifest(train_folder)
+    held_out = open_manifest(held_out_folder) if held_out_folder else None
+    plan = SamplePlan(len(train), config.seed, batch.global_batch)
+
+    import torch
+
+    from deepmim_scale.parallel import zero
+    from deepmim_scale.train.trainer import Task, Trainer
+
+    if given is None:
+        given = load_ds_config(bundled(_default_ds_config()))
+    if precision_of(given) == "float16" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
+            "use ds_configs/cpu_fp32.json"
+        )
+    ds_config, filled_in = resolve_ds_config(given, config, batch)
+    if config.optimizer == "apex":
+        zero.check_apex()
+    if _speaks():
+        print(f"preset {config.preset}: {' '.join(difference(config)) or 'unchanged'}")
+        print(f"data: {train.describe()}" + (f"; held out {len(held_out)}" if held_out else ""))
+        print(f"deepspeed: {' '.join(filled_in)}")
+        rate = config.blr * batch.global_batch / 256
+        print(f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 "
+              f"= {_scientific(rate)}", flush=True)  # fmt: skip
+    device = zero.init_processes()
+    task = Task(config, ds_config, batch, plan, train, held_out, may_resume=ours)
+    try:
+        trainer = Trainer(task, device)
+        say = trainer.progress.say
+        if trainer.finished:
+            say(f"finished already: {trainer.step} steps, results in {config.output}")
+            return
+        if trainer.checkpoint is not None:
+            say(f"resuming after step {trainer.step} from {trainer.checkpoint}")
+        warmup_steps = config.warmup_epochs * plan.steps_per_epoch
+        if trainer.total_steps < warmup_steps:
+            say(f"warning: all {trainer.total_steps} steps lie in the warm-up of {warmup_steps:g}")
+        trainer.run()
+        say(f"done: {trainer.step} steps, results in {config.output}")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _default_ds_config() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu_fp32.json"
+    has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    return "a100_bf16.json" if has_bf16 else "v100_fp16.json"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "pretrain") -> None:
+    """Entry of `launcher/pretrain.py`, `deepmim-scale pretrain` and `--module`."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def command() -> None:
+        pretrain(parse_run(words, prog=prog))
+
+    if any(word in ("-h", "--help") for word in words) and not is_speaker():
+        return
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What a person sees: a bar on a terminal, plain lines elsewhere; silent on all ranks but one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Prints for the rank that speaks."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        self._speaks = speaks
+        self._bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        if self._speaks:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def start(self, total: int, first: int) -> None:
+        """Begin a run of `total` steps of which `first` are done."""
+        if self._speaks and sys.stdout.isatty():
+            self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stdout)
+
+    def step(self, row: dict[str, Any], total: int, every: int) -> None:
+        """Report one step: bar, and a line every `every` steps and at the end."""
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        if self._bar is None and (row["step"] % every == 0 or row["step"] == total):
+            self.say(step_line(row, total))
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def step_line(row: dict[str, Any], total: int) -> str:
+    """One step as one line."""
+    losses = " ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
+    utilisation = f" | MFU {row['mfu']:.1%}" if "mfu" in row else ""
+    held_out = f" | held out {row['validation_loss']:.4f}" if "validation_loss" in row else ""
+    return (
+        f"step {row['step']}/{total} | loss {row['loss']:.4f} ({losses}) | "
+        f"grad {row['grad_norm']:.3f} | lr {row['learning_rate']:.2e} | "
+        f"{row['images_per_second']:.0f} images/s{utilisation} | "
+        f"{max(row['peak_memory_gib']):.2f} GiB | wait {row['loader_wait_ms']:.0f} ms{held_out}"
+    )

@@ -1,0 +1,73 @@
+"""The folder of a run: what is in it, and whether a command may go on in it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepmim_scale.arguments import read_json
+from deepmim_scale.config import ConfigError, RunConfig
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+# Changing these does not change what is trained.
+_FREE = frozenset(
+    {"preset", "data", "output", "microbatch_size", "microbatches", "loader", "loader_threads",
+     "validate_every", "save_every", "keep_checkpoints", "print_every", "resume", "profile"}
+)  # fmt: skip
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    values = {key: value for key, value in config.items() if key not in _FREE and key != "model"}
+    return values | config["model"]
+
+
+def check_output(config: RunConfig) -> bool:
+    """Whether the run's folder holds this very run; ConfigError if it holds something else."""
+    folder = Path(config.output)
+    saved = folder / CONFIG
+    if not saved.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"output={folder}: holds other files; choose an empty folder")
+        if config.resume == "required":
+            raise ConfigError(f"resume=required: {folder} holds no run; check --output")
+        return False
+    if config.resume == "never":
+        raise ConfigError(
+            f"output={folder}: holds a run; delete it or choose another --output, "
+            "or go on with --resume auto"
+        )
+    ours, theirs = _flat(config.model_dump(mode="json")), _flat(read_json(str(saved)))
+    different = [
+        f"{key} {theirs.get(key)} -> {value}"
+        for key, value in ours.items()
+        if theirs.get(key) != value
+    ]
+    if different:
+        raise ConfigError(
+            f"output={folder}: holds another run ({'; '.join(different[:3])}); "
+            "choose another --output"
+        )
+    return True
+
+
+def write_config(config: RunConfig) -> None:
+    """Save the resolved configuration; `--config FILE` takes it back."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
+
+
+def load_run_config(run: str | Path) -> RunConfig:
+    """The configuration of a run; ConfigError if the folder holds none."""
+    path = Path(run) / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{run}: is no run ({CONFIG} is missing); check the path")
+    return RunConfig.model_validate(read_json(str(path)))
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl in order."""
+    with (Path(run) / METRICS).open() as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,265 @@
+"""Pre-training: feed, backward, step, metrics, checkpoints.
+
+Legend: B micro-batch, M micro-batches per step, L patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepmim_scale.checkpoint import files
+from deepmim_scale.checkpoint.save import load_optimizer, load_weights, save_checkpoint
+from deepmim_scale.config import ConfigError, RunConfig, num_steps
+from deepmim_scale.data.feed import Batch, build_feed, iter_validation
+from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.data.sample_plan import SamplePlan
+from deepmim_scale.ds_config import BatchSizes, precision_of
+from deepmim_scale.models import Model, build_model, local_backward
+from deepmim_scale.models.stage import loss_members
+from deepmim_scale.parallel import zero
+from deepmim_scale.targets.pixels import normalise
+from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
+from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
+from deepmim_scale.train.progress import Progress
+from deepmim_scale.train.run_folder import write_config
+
+# A run whose every step overflows is lost; stop instead of spinning to the end.
+MAX_SKIPPED_IN_A_ROW = 50
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that was settled before the processes started."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    batch: BatchSizes
+    plan: SamplePlan
+    train: Manifest
+    held_out: Manifest | None
+    may_resume: bool
+    """The output folder holds this run."""
+
+
+class Trainer:
+    """One rank's share of a run."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self.task, self.device = task, device
+        self.config, self.precision = task.config, precision_of(task.ds_config)
+        config = self.config
+        self.grid = zero.build_grid(num_stages=1)
+        self.replica = self.grid.get_data_parallel_rank()
+        self.plan = task.plan
+        self.total_steps = num_steps(config, self.plan.steps_per_epoch)
+        self.progress = Progress(speaks=dist.get_rank() == 0)
+        self.checkpoint = self._find_checkpoint()
+        self.step = self.updates = 0
+        self.model: Model = build_model(config.model, seed=config.seed)
+        if self.checkpoint is not None:
+            load_weights(self.checkpoint, self.model)
+        self.model.to(device)
+        optimizer = zero.build_optimizer(
+            config.optimizer,
+            parameter_groups(self.model, config.weight_decay),
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            device=device,
+        )
+        self.engine = zero.build_engine(self.model, optimizer, task.ds_config, self.grid)
+        if self.checkpoint is not None:
+            load_optimizer(self.checkpoint, self.engine)
+            state = files.read_state(self.checkpoint)
+            self.step, self.updates = state["step"], state["updates"]
+
+    def _find_checkpoint(self) -> Path | None:
+        # Digests are read once, by rank 0, and its finding holds for all.
+        found: list[Any] = [None, []]
+        if self.task.may_resume and dist.get_rank() == 0:
+            found = list(files.newest(self.config.output))
+        dist.broadcast_object_list(found, src=0)
+        folder, problems = found
+        for problem in problems:
+            self.progress.say(f"warning: {problem}; using an older checkpoint")
+        if folder is None:
+            return None
+        saved = files.read_state(folder)["manifest_sha"]
+        if saved != self.task.train.sha:
+            raise ConfigError(
+                f"data={self.config.data}: is not the data this run began with; "
+                "give the same images or another --output"
+            )
+        return folder
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step >= self.total_steps
+
+    def run(self) -> None:
+        """Train from the current step to the end."""
+        config, progress = self.config, self.progress
+        writer = None
+        if dist.get_rank() == 0:
+            write_config(config)
+            writer = MetricsWriter(config.output, self.step)
+        feed = build_feed(
+            config,
+            self.task.train,
+            self.plan,
+            replica=self.replica,
+            num_replicas=self.task.batch.num_replicas,
+            num_microbatches=self.task.batch.microbatches,
+            start_step=self.step,
+            num_steps=self.total_steps - self.step,
+        )
+        skipped = 0
+        progress.start(self.total_steps, self.step)
+        try:
+            with self._profiler() as profiler:
+                for batches in feed:
+                    row, applied = self._train_step(batches, feed.wait_seconds)
+                    skipped = 0 if applied else skipped + 1
+                    if skipped == MAX_SKIPPED_IN_A_ROW:
+                        raise RuntimeError(f"{skipped} steps in a row overflowed; see metrics")
+                    if self._validates_after(self.step):
+                        row |= self.validate()
+                    if writer is not None:
+                        writer.write(row)
+                    progress.step(row, self.total_steps, config.print_every)
+                    if self.step % config.save_every == 0 or self.finished:
+                        self.save()
+                    if profiler is not None:
+                        profiler.step()
+        finally:
+            progress.close()
+            if writer is not None:
+                writer.close()
+
+    def _train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
+        began = time.perf_counter()
+        config, names = self.config, list(loss_members(self.config.model))
+        epoch = self.step / self.plan.steps_per_epoch
+        rate = learning_rate(
+            peak_learning_rate(config, self.task.batch.global_batch),
+            epoch,
+            warmup_epochs=config.warmup_epochs,
+            total_epochs=self.total_steps / self.plan.steps_per_epoch,
+        )
+        sums = torch.zeros(len(names) + 1, device=self.device)
+        calls = len(batches) * (len(names) + 1)
+        with zero.reduced_step(self.engine, config.reduction, calls) as backward:
+            for batch in batches:
+                with zero.autocast(self.precision, self.device):
+                    out = local_backward(self.model, **self._inputs(batch), backward=backward)
+                sums += torch.stack([*out.losses.values(), out.loss]).float()
+        norms = zero.gradient_norms(self.engine, gradient_owner)
+        norm, applied = zero.apply_step(self.engine, rate)
+        self.step += 1
+        self.updates += applied
+        *losses, loss, memory = zip(
+            *self._gather([*(sums / len(batches)).tolist(), peak_memory_gib(self.device)]),
+            strict=True,
+        )
+        seconds = time.perf_counter() - began + wait_seconds
+        world = dist.get_world_size()
+        row = {
+            "step": self.step,
+            "epoch": epoch,
+            "loss": sum(loss) / world,
+            "losses": {n: sum(x) / world for n, x in zip(names, losses, strict=True)},
+            "grad_norm": norm,
+            "grad_norms": {name: float(value) for name, value in norms.items()},
+            "learning_rate": rate,
+            "loss_scale": zero.loss_scale(self.engine),
+            "skipped": not applied,
+            "seconds": seconds,
+            **throughput(config.model, self.task.batch.global_batch, seconds, world, self.device),
+            "peak_memory_gib": list(memory),
+            "loader_wait_ms": wait_seconds * 1e3,
+        }
+        return row, applied
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        images = batch.images.to(self.device, non_blocking=True)
+        noise = batch.noise.to(self.device, non_blocking=True)
+        return {"images": normalise(images), "noise": noise}
+
+    def _gather(self, numbers: list[float]) -> list[list[float]]:
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        return [numbers.tolist() for numbers in everyone]
+
+    def _validates_after(self, step: int) -> bool:
+        every = self.config.validate_every * self.plan.steps_per_epoch
+        if self.task.held_out is None or every == 0:
+            return False
+        return self.finished or int(step / every) > int((step - 1) / every)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Held-out losses under fixed masks, as row entries."""
+        held_out = self.task.held_out
+        assert held_out is not None, "validation needs held-out images"
+        names = list(loss_members(self.config.model))
+        sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=self.device)
+        for batch in iter_validation(
+            self.config,
+            held_out,
+            replica=self.replica,
+            num_replicas=self.task.batch.num_replicas,
+        ):
+            with zero.autocast(self.precision, self.device):
+                out = self.model(**self._inputs(batch))
+            size = len(batch.images)
+            values = torch.stack([*out.losses.values(), out.loss]).double()
+            sums += torch.cat([values * size, values.new_tensor([size])])
+        dist.all_reduce(sums)
+        *losses, loss = (sums[:-1] / sums[-1]).tolist()
+        return {
+            "validation_loss": loss,
+            "validation_losses": dict(zip(names, losses, strict=True)),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step and drop the oldest ones."""
+        state = {
+            "updates": self.updates,
+            "total_steps": self.total_steps,
+            "global_batch": self.task.batch.global_batch,
+            "manifest_sha": self.task.train.sha,
+            "num_stages": 1,
+        }
+        config = self.config
+        save_checkpoint(
+            config.output, self.step, self.engine, stage=0, replica=self.replica, state=state
+        )
+        if dist.get_rank() == 0:
+            files.prune(config.output, config.keep_checkpoints)
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[torch.profiler.profile | None]:
+        if not self.config.profile:
+            yield None
+            return
+        trace = Path(self.config.output) / f"trace_rank{dist.get_rank()}.json"
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=9, warmup=1, active=3, repeat=1),
+            on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
+        ) as profiler:
+            yield profiler
+
+
+def gradient_owner(name: str) -> str:
+    """Under which name a parameter's gradient norm is reported: its decoder's, or "encoder"."""
+    return name.split(".")[1] if name.startswith("decoders.") else "encoder"
