@@ -121,3 +121,29 @@ def test_mfu_of_the_papers():
         flops = costs.model_cost(model(preset, masked_query=False)).whole.training_flops
         rate = 1_281_167 * 1600 / (hours * 3600) / 32
         assert mfu(flops, rate, GPUS["v100-32g"]) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("masked_query", [False, True])
+@pytest.mark.parametrize("preset", ["debug", "debug_mae", "debug_mirl"])
+def test_equals_flop_counter_on_our_models(preset, masked_query):
+    """torch's FlopCounterMode on the models themselves, unfused attention, digit for digit."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from deepmim_scale.models import build_model
+
+    config, num_images = model(preset, masked_query=masked_query), 3
+    network = build_model(config, device="meta")
+    whole = costs.model_cost(config).whole
+    parameters = list(network.parameters())
+    assert sum(p.numel() for p in parameters) == whole.parameters
+    assert sum(p.numel() for p in parameters if p.requires_grad) == whole.trainable
+    network = network.to("meta")  # position tables are computed on the CPU
+    images = torch.empty(num_images, 3, config.img_size, config.img_size, device="meta")
+    noise = torch.empty(num_images, config.num_patches, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = network(images, noise=noise).loss
+        assert counter.get_total_flops() == num_images * whole.forward_flops
+        loss.backward()
+        assert counter.get_total_flops() == num_images * whole.training_flops
