@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,6 +23,17 @@ class ScanArgs(Frozen):
 
     dir: tyro.conf.Positional[str]
     """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
+
+
+class VerifyArgs(Frozen):
+    """Decode every image once; lists bad files in DIR/verify.json and DIR/quarantine.txt."""
+
+    dir: tyro.conf.Positional[str]
+    """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
+    threads: int = 2
+    """Decoding threads."""
+    report: Annotated[str, tyro.conf.arg(name="json")] = ""
+    """Also write the reports of all splits to this JSON file."""
 
 
 def run_samples(args: SamplesArgs) -> None:
@@ -50,6 +63,20 @@ def run_scan(args: ScanArgs) -> None:
             print(
                 f"{unreadable} headers cannot be read; run `deepmim-scale data verify {args.dir}`"
             )
+
+
+def run_verify(args: VerifyArgs) -> None:
+    """Check each split's folder; training leaves the files in its quarantine.txt out."""
+    from deepmim_scale.data.verify import verify_folder
+
+    reports = [verify_folder(folder, args.threads) for folder in _split_folders(args.dir)]
+    for report in reports:
+        print("{folder}: {good} of {images} images good, {unreadable} unreadable, "
+              "{damaged} damaged".format(**report))  # fmt: skip
+        for finding in report["bad"]:
+            print("  {file}: {kind}: {reason}".format(**finding))
+    if args.report:
+        Path(args.report).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
 
 
 def _split_folders(data: str) -> list[Path]:

@@ -11,18 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.data import torch_backend
+from deepmim_scale.data.backend import Backend
+from deepmim_scale.data.decoding import Decoding, Job
+from deepmim_scale.data.exchange import Decoded, Exchange, Mode, checksum, own_microbatches
+from deepmim_scale.data.loader import cached_reader
 from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.data.masks import mask_noise
 from deepmim_scale.data.philox import VALIDATION_MASK
-from deepmim_scale.data.sample_plan import SamplePlan, crops, flips
+from deepmim_scale.data.sample_plan import SamplePlan
 
-CACHE_BYTES = 256 * 1024**2
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,28 @@ class Batch:
 class Feed:
     """Iterates over lists of M batches, one list per step; the next step is made meanwhile."""
 
-    def __init__(self, load: Callable[[int], list[Batch]], start_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        load: Callable[[int], list[Batch]],
+        start_step: int,
+        num_steps: int,
+        device: torch.device = CPU,
+        exchange: Exchange | None = None,
+    ) -> None:
         self.wait_seconds = 0.0
         """How long the last step had to be waited for, s."""
-        self._load = load
+        self._load, self._device, self._exchange = load, device, exchange
         self._steps = range(start_step, start_step + num_steps)
         self._requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[list[Batch] | BaseException] = queue.SimpleQueue()
         # A daemon: a process that fails must not wait for a thread that waits for its peers.
         self._thread = threading.Thread(target=self._serve, name="feed", daemon=True)
         self._thread.start()
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received from other stages so far."""
+        return self._exchange.received_bytes if self._exchange else 0
 
     def __iter__(self) -> Iterator[list[Batch]]:
         try:
@@ -63,21 +81,41 @@ class Feed:
                     raise result
                 if step + 1 in self._steps:
                     self._requests.put(step + 1)
-                yield result
+                yield self._hand_over(result)
         finally:
             self.close()
 
     def close(self) -> None:
         """Stop the thread; called by the end of an iteration, however it ends."""
         self._requests.put(None)
-        self._thread.join(timeout=10.0)
+        self._thread.join(timeout=5.0)
 
     def _serve(self) -> None:
         while (step := self._requests.get()) is not None:
             try:
-                self._results.put(self._load(step))
+                self._results.put(self._make(step))
             except BaseException as error:  # it belongs to the thread that trains
                 self._results.put(error)
+
+    def _make(self, step: int) -> list[Batch]:
+        if self._device.type != "cuda":
+            return self._load(step)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side_stream):
+            batches = self._load(step)
+            self._side_stream.synchronize()
+            return batches
+
+    @functools.cached_property
+    def _side_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+    def _hand_over(self, batches: list[Batch]) -> list[Batch]:
+        """Memory of the side stream must not be reused before the trainer's stream is done."""
+        if self._device.type == "cuda":
+            for batch in batches:
+                for tensor in (batch.images, batch.noise, batch.sample_ids):
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+        return batches
 
 
 def build_feed(
@@ -90,60 +128,74 @@ def build_feed(
     num_microbatches: int,
     start_step: int,
     num_steps: int,
+    group: dist.ProcessGroup | None = None,
+    mode: Mode = "replicate",
+    check_feed: int = 0,
+    on_bad: Literal["fail", "replace"] = "fail",
+    backend: Backend | None = None,
+    device: torch.device = CPU,
 ) -> Feed:
-    """The training feed of one replica from `start_step` on, equal on all its stages."""
+    """The training feed of one replica from `start_step` on, equal on all its stages.
+
+    `group` joins the replica's stages in their order and serves this feed only (its collectives
+    run on the feed's thread); without it there is one stage. Every `check_feed` steps the stages
+    compare checksums (0: never). `backend` is torch_backend's by default.
+    """
+    stage, num_stages = (group.rank(), group.size()) if group else (0, 1)
+    batch = plan.global_batch // (num_microbatches * num_replicas)
     size, num_patches = config.model.img_size, config.model.num_patches
-    paths, read = manifest.paths, _reader(manifest)
+    own = own_microbatches(mode, num_microbatches, stage, num_stages)
+
+    def job(number: int) -> Job:
+        step, place = divmod(number, len(own))
+        step += start_step
+        m = own[place]
+        return step, plan.micro_batch(step, m, replica, num_microbatches, num_replicas)
+
+    backend = backend or functools.partial(
+        torch_backend.stream, size=size, threads=config.loader_threads, read=cached_reader(manifest)
+    )
+    num_jobs = num_steps * len(own)
+    decoding = Decoding(job, num_jobs, backend, manifest, plan, config.min_crop, on_bad)
+    exchange = Exchange(mode, group, num_microbatches, batch, size, device) if group else None
+
+    def decode_own() -> list[Decoded]:
+        decoded = (decoding() for _ in own)
+        return [(torch.tensor(ids, device=device), images.to(device)) for ids, images in decoded]
 
     def load(step: int) -> list[Batch]:
         epoch, _ = plan.locate(step)
         batches = []
-        for m in range(num_microbatches):
-            ids = plan.micro_batch(step, m, replica, num_microbatches, num_replicas)
-            sizes = manifest.heights[ids], manifest.widths[ids]
-            images = torch_backend.decode(
-                [paths[i] for i in ids],
-                crops(plan.seed, epoch, ids, *sizes, config.min_crop),
-                flips(plan.seed, epoch, ids),
-                size,
-                config.loader_threads,
-                read,
-            )
-            batches.append(_batch(images, mask_noise(plan.seed, epoch, ids, num_patches), ids))
+        for ids, images in exchange(decode_own) if exchange else decode_own():
+            noise = mask_noise(plan.seed, epoch, ids.cpu().numpy(), num_patches)
+            batches.append(Batch(images, torch.from_numpy(noise).to(device), ids))
+        if exchange and check_feed and step % check_feed == 0:
+            exchange.check(step, [checksum(b.images, b.noise, b.sample_ids) for b in batches])
         return batches
 
-    return Feed(load, start_step, num_steps)
+    return Feed(load, start_step, num_steps, device, exchange)
 
 
 def iter_validation(
-    config: RunConfig, manifest: Manifest, *, replica: int, num_replicas: int
+    config: RunConfig,
+    manifest: Manifest,
+    *,
+    replica: int,
+    num_replicas: int,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Held-out images of one replica in order, each once over the replicas, last batch partial.
 
     Resized as torch_backend.centre; masks are fixed (epoch 0, seed 0) so that losses compare.
     """
-    size = config.model.img_size
-    paths, read = manifest.paths, _reader(manifest)
+    size, paths, read = config.model.img_size, manifest.paths, cached_reader(manifest)
     mine = np.arange(replica, len(manifest), num_replicas)
     for start in range(0, len(mine), config.microbatch_size):
         ids = mine[start : start + config.microbatch_size]
-        images = torch_backend.batch(
-            config.loader_threads,
-            size,
-            lambda path: torch_backend.centre(read(path), size),
-            [paths[i] for i in ids],
+        images = torch_backend.decode_whole(
+            [paths[i] for i in ids], size, config.loader_threads, read
         )
         noise = mask_noise(0, 0, ids, config.model.num_patches, VALIDATION_MASK)
-        yield _batch(images, noise, ids)
-
-
-def _batch(images: torch.Tensor, noise: np.ndarray, ids: np.ndarray) -> Batch:
-    return Batch(images, torch.from_numpy(noise), torch.from_numpy(ids.copy()))
-
-
-def _reader(manifest: Manifest) -> torch_backend.Read:
-    """Decoded images of a small set stay in memory."""
-    pixels = int((manifest.heights.astype(np.int64) * manifest.widths).sum())
-    if 3 * pixels > CACHE_BYTES:
-        return torch_backend.read_image
-    return functools.cache(torch_backend.read_image)
+        yield Batch(
+            *(x.to(device) for x in (images, torch.from_numpy(noise), torch.from_numpy(ids)))
+        )

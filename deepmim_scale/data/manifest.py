@@ -25,7 +25,8 @@ from deepmim_scale.config import ConfigError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MANIFEST_NAME = "manifest.npz"
 QUARANTINE_NAME = "quarantine.txt"
-OWN_FILES = (MANIFEST_NAME, QUARANTINE_NAME, "verify.json", "ATTRIBUTION.txt")
+REPORT_NAME = "verify.json"
+OWN_FILES = (MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME, "ATTRIBUTION.txt")
 SCAN_THREADS = 8
 
 
@@ -60,7 +61,7 @@ class Manifest:
     @property
     def sha(self) -> str:
         """SHA-256 over names and file sizes: the identity of the data set."""
-        return _listing_sha(zip(self.names, self.num_bytes.tolist(), strict=True))
+        return listing_sha(zip(self.names, self.num_bytes.tolist(), strict=True))
 
     def describe(self) -> str:
         """One line: number of images and classes, folder, SHA."""
@@ -115,7 +116,7 @@ def scan_folder(root: str | Path) -> Manifest:
     if images lie beside class folders.
     """
     root = Path(root)
-    listing, notes = _list_images(root)
+    listing, notes = list_images(root)
     names = tuple(name for name, _ in listing)
     flat = [name for name in names if "/" not in name]
     if flat and len(flat) < len(names):
@@ -170,8 +171,7 @@ def read_quarantine(root: Path) -> set[str]:
     path = root / QUARANTINE_NAME
     if not path.exists():
         return set()
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {line for line in lines if line and not line.startswith("#")}
+    return {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def _load(root: Path, saved: Path) -> Manifest:
@@ -181,8 +181,8 @@ def _load(root: Path, saved: Path) -> Manifest:
             str(root), tuple(text["names"]), arrays["labels"], tuple(text["classes"]),
             arrays["heights"], arrays["widths"], arrays["num_bytes"], tuple(text["notes"]),
         )  # fmt: skip
-    listing, _ = _list_images(root)
-    if _listing_sha(listing) != manifest.sha:
+    listing, _ = list_images(root)
+    if listing_sha(listing) != manifest.sha:
         raise ConfigError(
             f"data={root}: {MANIFEST_NAME} is stale ({len(manifest)} images listed, "
             f"{len(listing)} there, or sizes changed); run `deepmim-scale data scan {root}` again"
@@ -195,7 +195,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: entry.name)
 
 
-def _list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
+def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
     """(name below root, file size) in sorted order, and notes on files that are no images."""
     found: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
@@ -231,7 +231,8 @@ def _header(path: str) -> tuple[int, int]:
         return 0, 0
 
 
-def _listing_sha(listing: Iterable[tuple[str, int]]) -> str:
+def listing_sha(listing: Iterable[tuple[str, int]]) -> str:
+    """SHA-256 over (name, file size)."""
     digest = hashlib.sha256()
     for name, size in listing:
         digest.update(f"{name}\0{size}\n".encode())

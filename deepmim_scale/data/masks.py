@@ -21,5 +21,5 @@ def mask_noise(
     """
     draws = np.arange(-(-num_patches // LANES))
     lanes = philox(seed, draws, np.asarray(sample_ids)[:, None], epoch, stream)
-    integers = np.stack(lanes, axis=-1).reshape(len(sample_ids), -1)[:, :num_patches]
+    integers = np.stack(lanes, axis=-1).reshape(-1, LANES * len(draws))[:, :num_patches]
     return (integers >> 8).astype(np.float32) * np.float32(2.0**-24)

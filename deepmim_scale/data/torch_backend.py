@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from deepmim_scale.data.backend import BadImage, Rows
+
 Read = Callable[[str], np.ndarray]
-
-
-class BadImage(ValueError):
-    """A file that cannot be decoded; the message names it."""
 
 
 @functools.cache
@@ -81,43 +80,58 @@ def centre(image: np.ndarray, size: int) -> np.ndarray:
     return resize(image, tall, wide)[top : top + size, left : left + size]
 
 
-def decode(
-    paths: Sequence[str],
-    boxes: np.ndarray,
-    flips: np.ndarray,
-    size: int,
-    threads: int,
-    read: Read = read_image,
-) -> torch.Tensor:
-    """Images cut by boxes [B, 4] and mirrored by flips [B], uint8 [B, 3, S, S].
+def stream(
+    jobs: Iterator[Rows], size: int, threads: int, read: Read = read_image, prefetch: int = 2
+) -> Iterator[tuple[Rows, torch.Tensor]]:
+    """The backend: up to `prefetch` micro-batches are decoded at once, in order."""
+    pending: deque[tuple[Rows, Callable[[], torch.Tensor]]] = deque()
+    for rows in jobs:
+        pending.append((rows, start(rows, size, threads, read)))
+        if len(pending) == prefetch:
+            first, wait = pending.popleft()
+            yield first, wait()
+    for rows, wait in pending:
+        yield rows, wait()
 
-    Raises BadImage naming the first file that cannot be decoded.
+
+def start(
+    rows: Rows, size: int, threads: int, read: Read = read_image
+) -> Callable[[], torch.Tensor]:
+    """Start decoding one micro-batch; the function returned waits for it, uint8 [B, 3, S, S].
+
+    The wait raises BadImage naming the first bad file.
     """
-    return batch(
-        threads,
-        size,
-        lambda path, box, flip: crop(read(path), box, flip, size),
-        paths,
-        boxes,
-        flips,
-    )
+
+    def make(i: int) -> np.ndarray:
+        return crop(read(rows.paths[i]), rows.boxes[i], rows.flips[i], size)
+
+    return _start(make, len(rows.paths), size, threads)
 
 
-def batch(
-    threads: int, size: int, make: Callable[..., np.ndarray], *columns: Iterable
-) -> torch.Tensor:
-    """Call `make` (-> [S, S, 3]) for each row of the columns on threads; uint8 [B, 3, S, S]."""
-    rows = list(zip(*columns, strict=True))
-    images = np.empty((len(rows), 3, size, size), np.uint8)
+def decode_whole(paths: list[str], size: int, threads: int, read: Read) -> torch.Tensor:
+    """Held-out images as `centre` makes them, uint8 [B, 3, S, S]; raises BadImage."""
+    return _start(lambda i: centre(read(paths[i]), size), len(paths), size, threads)()
 
-    def fill(index: int) -> None:
-        images[index] = make(*rows[index]).transpose(2, 0, 1)
 
-    # list() waits for all and raises the first error in order of the rows.
-    list(
-        map(fill, range(len(rows))) if threads == 1 else _pool(threads).map(fill, range(len(rows)))
-    )
-    return torch.from_numpy(images)
+def _start(
+    make: Callable[[int], np.ndarray], count: int, size: int, threads: int
+) -> Callable[[], torch.Tensor]:
+    images = np.empty((count, 3, size, size), np.uint8)
+
+    def fill(places: np.ndarray) -> None:
+        for i in places:
+            images[i] = make(i).transpose(2, 0, 1)
+
+    # A few tasks per thread balance sizes; one thread needs no balance.
+    num_tasks = 1 if threads == 1 else 4 * threads
+    tasks = [_pool(threads).submit(fill, part) for part in np.array_split(range(count), num_tasks)]
+
+    def wait() -> torch.Tensor:
+        for task in tasks:
+            task.result()
+        return torch.from_numpy(images)
+
+    return wait
 
 
 @functools.cache

@@ -1,0 +1,34 @@
+"""What a decoding backend is.
+
+A backend is a function Iterator[Rows] -> Iterator[(Rows, images)]: it may read ahead, keeps the
+order, and raises BadImage at the micro-batch that holds a bad file. Legend: B micro-batch, S side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+class BadImage(ValueError):
+    """An image that cannot be decoded; the message names the file where the decoder does."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch to decode."""
+
+    ids: np.ndarray
+    """Sample ids, int64 [B]."""
+    paths: list[str]
+    """Files, B of them."""
+    boxes: np.ndarray
+    """Crops (top, left, height, width), int32 [B, 4]."""
+    flips: np.ndarray
+    """Whether to mirror, bool [B]."""
+
+
+Backend = Callable[[Iterator[Rows]], Iterator[tuple[Rows, torch.Tensor]]]

@@ -1,0 +1,88 @@
+"""Which backend decodes a run's images: DALI on a GPU, else CPU threads with torch's decoders."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal
+
+import numpy as np
+import torch
+
+from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.data import torch_backend
+from deepmim_scale.data.backend import Backend
+from deepmim_scale.data.manifest import Manifest
+
+CACHE_BYTES = 256 * 1024**2
+
+
+def choose_loader(
+    loader: Literal["auto", "torch", "dali"],
+    decode: Literal["auto", "cpu", "mixed"],
+    device: torch.device,
+) -> tuple[str, str, str]:
+    """Loader (`torch` or `dali`), decoder (`cpu` or `mixed`), and one line that says why.
+
+    Raises ConfigError if DALI is asked for but not installed, or `mixed` without DALI and a GPU.
+    """
+    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    if loader == "dali" and not has_dali:
+        raise ConfigError(
+            "loader=dali: NVIDIA DALI is not installed; pip install nvidia-dali-cuda120 "
+            "(nvidia-dali-cuda130 for CUDA 13) or use --loader torch"
+        )
+    on_gpu = device.type == "cuda"
+    chosen = ("dali" if has_dali and on_gpu else "torch") if loader == "auto" else loader
+    if decode == "mixed" and not (chosen == "dali" and on_gpu):
+        raise ConfigError(f"decode=mixed: needs --loader dali and a GPU, got {chosen} on {device}")
+    if chosen == "torch":
+        from deepmim_scale.data.torch_backend import jpeg_decoder
+
+        why = {"auto": "no GPU" if not on_gpu else "DALI is not installed"}.get(loader, "asked for")
+        return "torch", "cpu", f"loader torch ({why}): JPEG by {jpeg_decoder()[0]} on CPU threads"
+    where = decode
+    if decode == "auto":
+        # A100 and later decode JPEG in hardware; on V100 nvJPEG would compete with training.
+        where = "mixed" if on_gpu and torch.cuda.get_device_capability(device) >= (8, 0) else "cpu"
+    why = "a GPU, and DALI is installed" if loader == "auto" else "asked for"
+    resize = "GPU" if on_gpu else "CPU"
+    return "dali", where, f"loader dali ({why}): decode {where}, resize on the {resize}"
+
+
+def build_backend(
+    config: RunConfig,
+    manifest: Manifest,
+    batch: int,
+    device: torch.device,
+    loader: Literal["auto", "torch", "dali"] = "auto",
+    decode: Literal["auto", "cpu", "mixed"] = "auto",
+    prefetch: int = 2,
+) -> tuple[Backend, str]:
+    """The run's backend and the line that says why it was chosen; `batch` is B.
+
+    `prefetch` micro-batches are in work at once.
+    """
+    chosen, where, line = choose_loader(loader, decode, device)
+    size, threads = config.model.img_size, config.loader_threads
+    if chosen == "torch":
+        read = cached_reader(manifest)
+        stream = functools.partial(
+            torch_backend.stream, size=size, threads=threads, read=read, prefetch=prefetch
+        )
+        return stream, line
+    from deepmim_scale.data import dali
+
+    stream = functools.partial(
+        dali.stream, size=size, threads=threads, max_batch=batch, decode=where, device=device,
+        prefetch=prefetch,
+    )  # fmt: skip
+    return stream, line
+
+
+def cached_reader(manifest: Manifest) -> torch_backend.Read:
+    """Reads files; the decoded images of a small set stay in memory."""
+    pixels = int((manifest.heights.astype(np.int64) * manifest.widths).sum())
+    if 3 * pixels > CACHE_BYTES:
+        return torch_backend.read_image
+    return functools.cache(torch_backend.read_image)

@@ -1,0 +1,119 @@
+"""Decode every image of a folder once and list the bad ones, which training then leaves out.
+
+A header check misses truncation and flipped bits: only a full decode shows them, and flipped bits
+only as a warning that libjpeg writes to stderr, so that is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deepmim_scale.data.backend import BadImage
+from deepmim_scale.data.manifest import QUARANTINE_NAME, REPORT_NAME, list_images, listing_sha
+from deepmim_scale.data.torch_backend import read_image
+
+CHUNK = 64
+STATE_NAME = ".verify.jsonl"
+
+Finding = tuple[str, str, str]  # name, "unreadable" or "damaged", reason
+
+
+def verify_folder(root: Path, threads: int) -> dict[str, Any]:
+    """Check all images; writes verify.json and quarantine.txt into the folder, returns the report.
+
+    An interrupted check goes on where it stopped, as long as the files are the same.
+    """
+    listing, _ = list_images(root)
+    names, sha = [name for name, _ in listing], listing_sha(listing)
+    state = root / STATE_NAME
+    done, bad = _resume(state, sha)
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        state.open("a", encoding="utf-8") as log,
+        tqdm(total=len(names), initial=done, unit="img", disable=None) as progress,
+    ):
+        for start in range(done, len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            found = _check_chunk(root, chunk, pool)
+            bad += found
+            print(json.dumps({"sha": sha, "done": start + len(chunk), "bad": found}), file=log)
+            log.flush()
+            progress.update(len(chunk))
+            progress.set_postfix(bad=len(bad))
+    kinds = Counter(kind for _, kind, _ in bad)
+    report = {
+        "folder": str(root), "sha": sha, "images": len(names), "good": len(names) - len(bad),
+        "unreadable": kinds["unreadable"], "damaged": kinds["damaged"],
+        "bad": [{"file": name, "kind": kind, "reason": reason} for name, kind, reason in bad],
+    }  # fmt: skip
+    _write(root / REPORT_NAME, json.dumps(report, indent=1) + "\n")
+    _write(root / QUARANTINE_NAME, "".join(f"{name}\t{kind}: {why}\n" for name, kind, why in bad))
+    state.unlink()
+    return report
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[Callable[[], str]]:
+    """Redirect file descriptor 2, which C libraries write to; the function returned reads it."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 1 << 16, 0).decode(errors="replace")
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _check_chunk(root: Path, names: list[str], pool: ThreadPoolExecutor) -> list[Finding]:
+    with captured_stderr() as text:
+        reasons = list(pool.map(lambda name: _unreadable(root / name), names))
+        warned = bool(text())
+    found: list[Finding] = []
+    for name, reason in zip(names, reasons, strict=True):
+        if reason:
+            found.append((name, "unreadable", reason))
+        elif warned:  # somebody's warning: this file's?
+            with captured_stderr() as text:
+                _unreadable(root / name)
+                lines = text().splitlines()
+            if lines:
+                found.append((name, "damaged", lines[0]))
+    return found
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        read_image(str(path))
+    except BadImage as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _resume(state: Path, sha: str) -> tuple[int, list[Finding]]:
+    done, bad = 0, []
+    if state.exists():
+        for line in state.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the line that was being written
+                entry = json.loads(line)
+                if entry["sha"] == sha:
+                    done, bad = entry["done"], bad + [tuple(finding) for finding in entry["bad"]]
+        if done == 0:
+            state.unlink()
+    return done, bad
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
