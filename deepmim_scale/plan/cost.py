@@ -156,29 +156,42 @@ def decoder_context(config: ModelConfig, index: int) -> int:
     return (config.num_visible + 1) * (index + 1) if config.method == "mirl" else 0
 
 
-def decoder_cost(config: ModelConfig, index: int) -> Cost:
-    """Decoder `index` (from 0): embedding of its tap, blocks, norm, head, mask token.
+def tap_cost(config: ModelConfig) -> Cost:
+    """What makes a decoder's input of a tap: embedding, and in MIRL the segment's own norm.
 
-    Its position table is counted apart, by `position_table_cost`, as decoders of MAE and DeepMIM
-    share one.
+    MIRL's result is a carry, made in the encoder's forward, since deeper decoders need it too.
     """
     D, d, C = config.embed_dim, config.decoder_embed_dim, config.num_visible + 1
-    tokens, context = config.num_patches + 1, decoder_context(config, index)
+    embedding = _linear(C, D, d) + Cost(saved_values=C * D)
+    return embedding + _norm(D) if config.method == "mirl" else embedding
+
+
+def _decoder_body_cost(config: ModelConfig, index: int) -> Cost:
+    """Mask token, blocks, norm and head."""
+    d, tokens = config.decoder_embed_dim, config.num_patches + 1
+    context = decoder_context(config, index)
     queries = config.num_patches - config.num_visible if config.masked_query else tokens
     middle = block_cost(d, config.mlp_ratio, tokens, None, context)
     last = block_cost(d, config.mlp_ratio, tokens, queries, context)
-    saved = C * D + 2 * d * queries + config.out_dim * queries + d * context
+    saved = 2 * d * queries + config.out_dim * queries + d * context
     parts = [
-        _linear(C, D, d),
         *[middle] * (config.decoder_depth - 1),
         last,
         _norm(d),
         _linear(queries, d, config.out_dim),
         Cost(trainable=d, saved_values=saved),
     ]
-    if config.method == "mirl":  # the segment's norm and the head's frozen weight_g
-        parts += [_norm(D), Cost(frozen=d)]
-    return total(parts)
+    weight_g = Cost(frozen=d if config.method == "mirl" else 0)
+    return total(parts) + weight_g
+
+
+def decoder_cost(config: ModelConfig, index: int) -> Cost:
+    """Decoder `index` (from 0): embedding of its tap, mask token, blocks, norm, head.
+
+    Its position table is counted apart, by `position_table_cost`, as decoders of MAE and DeepMIM
+    share one.
+    """
+    return tap_cost(config) + _decoder_body_cost(config, index)
 
 
 def position_table_cost(config: ModelConfig) -> Cost:
@@ -202,8 +215,8 @@ class StageCost:
 def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
     """Blocks `first`..`last` - 1 (from 0) and the decoders whose taps are among them.
 
-    The first stage has the patch embedding, the last one the encoder's final norm (MIRL counts the
-    norms of its taps with the decoders). Each stage with decoders has its own position table.
+    The first stage has the patch embedding, the last one the encoder's final norm (MIRL: one of the
+    norms of its taps). Each stage with decoders has its own position table.
     """
     encoder = total([encoder_block_cost(config)] * (last - first))
     if first == 0:
@@ -211,9 +224,13 @@ def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
     if last == config.depth and config.method != "mirl":
         encoder += _norm(config.embed_dim)
     indices = [index for index, tap in enumerate(config.taps) if first < tap <= last]
-    tables = len(indices) if config.method == "mirl" else min(1, len(indices))
-    decoders = total(decoder_cost(config, index) for index in indices)
-    return StageCost(encoder, decoders + total([position_table_cost(config)] * tables))
+    if config.method == "mirl":
+        encoder += total([tap_cost(config)] * len(indices))
+        decoders = [_decoder_body_cost(config, k) + position_table_cost(config) for k in indices]
+    else:
+        decoders = [decoder_cost(config, k) for k in indices]
+        decoders += [position_table_cost(config)] if indices else []
+    return StageCost(encoder, total(decoders))
 
 
 def model_cost(config: ModelConfig) -> StageCost:

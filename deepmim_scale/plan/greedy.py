@@ -73,7 +73,7 @@ def list_order(
         known = waiting.get((kind, stage))
         if known is None or known[0] != microbatch:
             found = [
-                (source, times.transfer.get(payload, 0.0)
+                (source, times.transfer.get((payload, source.stage), 0.0)
                  if payload and rank_of[source.stage] != rank_of[stage] else 0.0)
                 for source, payload in needs(pipeline, Instruction(kind, stage, microbatch), style)
             ]  # fmt: skip

@@ -221,8 +221,8 @@ class Times:
 
     compute: Mapping[tuple[Kind, int], float]
     """By kind and stage."""
-    transfer: Mapping[Payload, float]
-    """Of one message, from send to arrival; missing payloads take no time."""
+    transfer: Mapping[tuple[Payload, int], float]
+    """From send to arrival, by payload and source stage; missing ones take no time."""
 
     def of(self, step: Instruction) -> float:
         """Seconds that an instruction keeps its rank busy; messages do not."""

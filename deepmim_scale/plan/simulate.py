@@ -77,7 +77,9 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
                         break
                     end = max(start, arrivals[instruction.message])
                 elif instruction.payload is not None:
-                    arrival = start + times.transfer.get(instruction.payload, 0.0)
+                    arrival = start + times.transfer.get(
+                        (instruction.payload, instruction.stage), 0.0
+                    )
                     arrivals[instruction.message] = arrival
                 else:
                     end = start + times.of(instruction)

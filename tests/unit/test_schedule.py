@@ -30,7 +30,7 @@ def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0)
             ("encoder_weight_gradient", stage): encoder,
         }
     payloads = ("activation", "gradient", "prediction", "prediction_gradient")
-    return Times(compute, {payload: transfer for payload in payloads})
+    return Times(compute, {(p, s): transfer for p in payloads for s in range(num_stages)})
 
 
 def make(name, pipeline, num_microbatches, seed=3, transfer=0.0):

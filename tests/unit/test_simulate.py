@@ -121,7 +121,10 @@ def test_transfer_times_by_hand():
     schedule = built("dib", [1.0, 1.0], [0.0, 0.0], 1).schedule
     timeline = simulate(
         schedule,
-        Times(times([1.0, 1.0], [0.0, 0.0], False).compute, {"activation": 0.5, "gradient": 0.25}),
+        Times(
+            times([1.0, 1.0], [0.0, 0.0], False).compute,
+            {("activation", 0): 0.5, ("gradient", 1): 0.25},
+        ),
     )
     assert timeline.makespan == 1 + 0.5 + 1 + 2 + 0.25 + 2
     assert timeline.busy == (3, 3)
