@@ -101,7 +101,8 @@ def _unreadable(path: Path) -> str | None:
 
 
 def _resume(state: Path, sha: str) -> tuple[int, list[Finding]]:
-    done, bad = 0, []
+    done = 0
+    bad: list[Finding] = []
     if state.exists():
         for line in state.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the line that was being written

@@ -1,0 +1,88 @@
+"""The sample set: deterministic, complete or absent, held-out parts never trained on."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deepmim_scale.config import ConfigError
+from deepmim_scale.data import samples
+from deepmim_scale.data.commands import SamplesArgs, run_samples
+from deepmim_scale.data.manifest import open_manifest
+from deepmim_scale.data.samples import load_digits_probe, write_samples
+
+skimage_data = pytest.importorskip("skimage.data")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("samples") / "set"
+    assert write_samples(root)
+    return root
+
+
+def digest(root):
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return [
+        (str(path.relative_to(root)), hashlib.sha1(path.read_bytes()).hexdigest()) for path in files
+    ]
+
+
+def test_layout(folder):
+    train, val = open_manifest(folder / "train"), open_manifest(folder / "val")
+    assert set(train.classes) == set(val.classes) == {*samples.PHOTOS, "digits"}
+    assert len(train) == 10 * samples.TRAIN_REGIONS + 899
+    assert len(val) == 10 * samples.VAL_REGIONS + 898
+    text = (folder / "ATTRIBUTION.txt").read_text()
+    assert all(f"{name}: " in text for name in train.classes)
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_same_bytes_again_and_second_call_keeps(folder, tmp_path, capsys):
+    assert write_samples(tmp_path / "again")
+    assert digest(tmp_path / "again") == digest(folder)
+    run_samples(SamplesArgs(out=str(folder)))
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_half_written_is_never_there(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "_digits", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert write_samples(tmp_path / "out")
+
+
+def test_other_files_are_not_touched(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="holds other files"):
+        write_samples(tmp_path)
+
+
+def test_training_regions_end_before_the_right_quarter(tmp_path, monkeypatch):
+    """On a picture whose red tells the column, no region crosses the border."""
+    columns = np.linspace(0, 255, 800).astype(np.uint8)
+    ramp = np.broadcast_to(columns[None, :, None], (400, 800, 3)).copy()
+    monkeypatch.setattr(skimage_data, "coffee", lambda: ramp)
+    samples._write_photo(tmp_path, 4, "coffee")
+    border = columns[600]
+    for path in (tmp_path / "train" / "coffee").iterdir():
+        assert np.asarray(Image.open(path)).max() <= border + 4, path  # JPEG rounds
+    for path in (tmp_path / "val" / "coffee").iterdir():
+        assert np.asarray(Image.open(path)).min() >= border - 4, path
+
+
+def test_probe_is_the_held_out_half(folder):
+    images, labels = load_digits_probe()
+    assert images.shape == (898, 3, 32, 32)
+    assert labels.shape == (898,)
+    paths = sorted((folder / "val" / "digits").iterdir())
+    for place in (0, 1, 400, 897):
+        np.testing.assert_array_equal(images[place, 0], np.asarray(Image.open(paths[place])))
+    trained = {path.name for path in (folder / "train" / "digits").iterdir()}
+    assert trained.isdisjoint(path.name for path in paths)
