@@ -96,13 +96,14 @@ def _(grad: Tensor, upstream: Tensor, hint: Tensor | None) -> None:
     return None
 
 
-def onepass_gradient(ctx: Any, upstream: Tensor, grad: Tensor, hint: Tensor | None) -> Tensor:
+def onepass_gradient(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient stored by a one-pass forward, brought to the upstream scale; once only."""
     if ctx.spent:
         raise RuntimeError(
-            "second backward through a one-pass masked loss: its gradient is rescaled in place; "
+            "second backward through a one-pass masked loss, whose gradient is rescaled in place; "
             "use mode='recompute'"
         )
     ctx.spent = True
+    grad, hint = ctx.saved_tensors
     rescale_(grad, upstream, hint)
     return grad

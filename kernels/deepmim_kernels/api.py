@@ -83,6 +83,7 @@ def masked_mse(
         check.same_shape("pred2", pred2, pred)
         check.require(pred2.dtype == pred.dtype, f"pred2 is {pred2.dtype}; cast it to {pred.dtype}")
     others = [x for x in (pred2, generator) if x is not None]
+    onepass = _onepass(mode, pred, pred2)
     if not use_triton(backend, pred, images, *others):
         loss, rows = reference.masked_mse(
             pred,
@@ -99,7 +100,6 @@ def masked_mse(
             std=std,
         )
         return (loss, rows.detach()) if return_rows else loss
-    needs_grad = pred.requires_grad or (pred2 is not None and pred2.requires_grad)
     loss, rows, _ = masked_mse_op(
         pred,
         pred2,
@@ -108,7 +108,7 @@ def masked_mse(
         *_selection(mask, ids),
         _hint(hint, pred),
         _count(mask),
-        _onepass(mode, pred, needs_grad),
+        onepass,
         patch_size,
         prefix_tokens,
         norm_pix,
@@ -150,6 +150,7 @@ def masked_cosine(
         "batch and features must be equal",
     )
     check.no_gradient("teacher", teacher)
+    onepass = _onepass(mode, pred)
     if not use_triton(backend, pred, teacher):
         loss, rows = reference.masked_cosine(
             pred,
@@ -166,7 +167,7 @@ def masked_cosine(
         *_selection(mask, ids),
         _hint(hint, pred),
         _count(mask),
-        _onepass(mode, pred, pred.requires_grad),
+        onepass,
         prefix_tokens,
         teacher_prefix_tokens,
     )
@@ -263,10 +264,12 @@ def _hint(hint: float | Tensor, pred: Tensor) -> Tensor | None:
     return None if hint == 1.0 else torch.full((), hint, device=pred.device)
 
 
-def _onepass(mode: str, pred: Tensor, needs_grad: bool) -> bool:
+def _onepass(mode: str, *preds: Tensor | None) -> bool:
+    """Whether the forward pass also stores the gradient of these predictions."""
     check.require(
         mode in ("auto", "onepass", "recompute"),
         f"mode={mode!r} is unknown; use 'auto', 'onepass' or 'recompute'",
     )
-    wanted = mode == "onepass" or (mode == "auto" and pred.dtype != torch.float16)
-    return wanted and needs_grad and torch.is_grad_enabled()
+    given = [pred for pred in preds if pred is not None]
+    wanted = mode == "onepass" or (mode == "auto" and given[0].dtype != torch.float16)
+    return wanted and torch.is_grad_enabled() and any(pred.requires_grad for pred in given)

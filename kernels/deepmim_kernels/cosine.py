@@ -154,9 +154,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*((output[2], hint) if onepass else (*tensors, count)))
 
 
-def _backward(ctx: Any, upstream: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, upstream: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 9
     if ctx.onepass:
-        grad = onepass_gradient(ctx, upstream, *ctx.saved_tensors)
+        grad = onepass_gradient(ctx, upstream)
     else:
         *inputs, count = ctx.saved_tensors
         grad = masked_cosine_gradient_op(*inputs, upstream, count, *ctx.config)

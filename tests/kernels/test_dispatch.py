@@ -1,0 +1,136 @@
+"""Choice of the backend, and the one-line errors of the public functions."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from deepmim_kernels import (
+    _dispatch,
+    decoder_assemble,
+    gather_patches,
+    masked_cosine,
+    masked_mse,
+)
+
+CPU_ONLY = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter runs on the CPU")
+IMAGES = torch.zeros(2, 3, 8, 12)
+PRED = torch.zeros(2, 6, 48)
+MASK = torch.ones(2, 6)
+IDS = torch.zeros(2, 6, dtype=torch.int64)
+
+
+class FakeCuda:
+    """Stands for a CUDA tensor of one dtype; `use_triton` looks at nothing else."""
+
+    is_cuda = True
+    device = "cuda:0"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "runs"),
+    [
+        ((9, 0), torch.bfloat16, True),
+        ((8, 0), torch.float32, True),
+        ((7, 5), torch.float16, True),
+        ((7, 0), torch.float32, True),
+        ((7, 0), torch.bfloat16, False),
+        ((6, 1), torch.float32, False),
+        ((9, 0), torch.float64, False),
+    ],
+)
+def test_auto_by_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, runs: bool
+) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tensor: Any = FakeCuda(dtype)
+    assert _dispatch.use_triton("auto", tensor) == runs
+    assert not _dispatch.use_triton("torch", tensor)
+    if not runs:
+        with pytest.raises(ValueError, match="backend='triton' cannot run"):
+            _dispatch.use_triton("triton", tensor)
+
+
+@CPU_ONLY
+def test_cpu_uses_the_reference_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+    assert not _dispatch.use_triton("auto", IMAGES)
+    with pytest.raises(ValueError, match="on cpu; use backend='auto' or 'torch'"):
+        _dispatch.use_triton("triton", IMAGES)
+
+
+def test_the_variable_sets_the_default_and_the_argument_wins() -> None:
+    code = (
+        "import torch\n"
+        "from deepmim_kernels._dispatch import use_triton\n"
+        "x = torch.zeros(1)\n"
+        "print(use_triton('torch', x))\n"
+        "use_triton('auto', x)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DEEPMIM_KERNELS": "fast"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "False"
+    assert "backend='fast' is not a kernel backend" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mask": MASK, "ids": IDS}, "exactly one of mask and ids"),
+        ({}, "exactly one of mask and ids"),
+        ({"mask": MASK[:1]}, "mask is \\[B, L\\]"),
+        ({"mask": MASK, "prefix_tokens": 1}, "L \\+ prefix_tokens"),
+        ({"ids": IDS[:, :3]}, "pass ids \\[B, K\\]"),
+        ({"ids": IDS, "prefix_tokens": 1}, "prefix_tokens 0"),
+        ({"mask": MASK, "pred": PRED[0]}, "pred must be"),
+        ({"mask": MASK, "pred": torch.zeros(2, 6, 47)}, "needs 48"),
+        ({"mask": MASK, "images": IMAGES[0]}, "add the batch axis"),
+        ({"mask": MASK, "patch_size": 5}, "cannot be cut into patches of 5"),
+        ({"mask": MASK, "images": IMAGES.clone().requires_grad_()}, "images requires a gradient"),
+        ({"mask": MASK, "images": IMAGES.byte()}, "pass uint8 with pixel_mean"),
+        ({"mask": MASK, "images": IMAGES.int()}, "images are torch.int32"),
+        ({"mask": MASK, "pixel_mean": [0.5] * 3}, "are for uint8 images"),
+        (
+            {"mask": MASK, "images": IMAGES.byte(), "pixel_mean": [0.5], "pixel_std": [0.5]},
+            "images have 3 channels",
+        ),
+        ({"mask": MASK, "pred2": PRED[:, :3]}, "pred2 is"),
+        ({"mask": MASK, "pred2": PRED.half()}, "cast it to torch.float32"),
+        ({"mask": MASK, "hybrid": (PRED[:1], 0.5)}, "hybrid\\[0\\] is"),
+        ({"mask": MASK, "hybrid": (PRED.clone().requires_grad_(), 0.5)}, "detach it"),
+        ({"mask": MASK, "backend": "cuda"}, "backend='cuda' is not"),
+        ({"mask": MASK, "mode": "fast"}, "mode='fast' is unknown"),
+    ],
+)
+def test_masked_mse_errors(kwargs: dict[str, Any], message: str) -> None:
+    arguments = {"pred": PRED, "images": IMAGES, "patch_size": 4, **kwargs}
+    with pytest.raises(ValueError, match=message):
+        masked_mse(**arguments)
+
+
+def test_errors_of_the_other_functions() -> None:
+    with pytest.raises(ValueError, match="batch and features must be equal"):
+        masked_cosine(PRED, torch.zeros(2, 6, 40), mask=MASK)
+    with pytest.raises(ValueError, match="teacher requires a gradient"):
+        masked_cosine(PRED, PRED.clone().requires_grad_(), mask=MASK)
+    with pytest.raises(ValueError, match="mask is"):
+        masked_cosine(PRED, torch.zeros(2, 7, 48), mask=MASK)
+    token, pos = torch.zeros(1, 1, 48), torch.zeros(1, 7, 48)
+    with pytest.raises(ValueError, match="K <= L"):
+        decoder_assemble(torch.zeros(2, 8, 48), token, pos, IDS)
+    with pytest.raises(ValueError, match="pos_embed is \\(1, 6, 48\\)"):
+        decoder_assemble(PRED, token, pos[:, 1:], IDS)
+    with pytest.raises(ValueError, match="mask_token is \\(48,\\)"):
+        decoder_assemble(PRED, token[0, 0], pos, IDS)
+    with pytest.raises(ValueError, match="ids \\(1, 6\\) must be"):
+        gather_patches(IMAGES, IDS[:1], patch_size=4)
