@@ -1,6 +1,14 @@
 """Saving, loading and converting weights."""
 
-from deepmim_scale.checkpoint.files import newest, resolve, verify
-from deepmim_scale.checkpoint.official import load_official, official_names
+from typing import Any
 
-__all__ = ["load_official", "newest", "official_names", "resolve", "verify"]
+__all__ = ["load_official", "official_names"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that the command line's --help does not import torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from deepmim_scale.checkpoint import official
+
+    return getattr(official, name)

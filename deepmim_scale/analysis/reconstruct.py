@@ -1,0 +1,130 @@
+"""What each decoder paints: pictures of held-out images, and the error against a plain guess.
+
+Legend: N images, L patches, P pixels of a patch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.data.feed import Batch, iter_validation
+from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.models import Model
+from deepmim_scale.models.blocks import gather_tokens
+from deepmim_scale.models.model import sum_predictions
+from deepmim_scale.models.stage import loss_members
+from deepmim_scale.targets.pixels import (
+    normalise,
+    patch_statistics,
+    patchify,
+    to_pixels,
+    unpatchify,
+)
+
+NUM_CLASSES, NUM_SPREAD = 8, 4
+GUESS = "visible mean"
+GRAY = 0.0  # of normalised pixels: the mean colour
+
+
+@torch.no_grad()
+def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Masked input and each loss's picture, both [N, 3, S, S] normalised, visible patches kept.
+
+    images [N, 3, S, S] normalised, noise [N, L]. MIRL's pictures are the sums of its pairs. Patch
+    statistics of the original bring norm_pix predictions back to pixels, as in MAE's demo.
+    """
+    config = model.config
+    if config.loss != "pixel":
+        raise ConfigError(f"loss={config.loss}: predicts features; pictures need loss pixel")
+    masking = model.masking(images, noise)
+    out = model(images, noise=noise, predictions=True)
+    assert out.predictions is not None, "predictions were asked for"
+    patches = patchify(images, config.patch_size)
+    ids = masking.ids_masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+
+    def picture(values: Tensor) -> Tensor:
+        filled = patches.scatter(1, ids, values.gather(1, ids))
+        return unpatchify(filled, config.patch_size, config.in_chans)
+
+    pictures = {}
+    for name, members in loss_members(config).items():
+        values = sum_predictions([out.predictions[member] for member in members])
+        if config.norm_pix:
+            mean, std = patch_statistics(patches)
+            values = values * std + mean
+        pictures[name] = picture(values)
+    return picture(torch.full_like(patches, GRAY)), pictures
+
+
+def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
+    """Each masked patch guessed as the mean colour of its image's visible patches [N, 3, S, S]."""
+    config, masking = model.config, model.masking(images, noise)
+    patches = patchify(images, config.patch_size)
+    visible = gather_tokens(patches, masking.ids_visible).unflatten(-1, (-1, config.in_chans))
+    colour = visible.mean((1, 2)).repeat(1, config.patch_size**2).unsqueeze(1)
+    ids = masking.ids_masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    filled = patches.scatter(1, ids, colour.expand_as(patches).gather(1, ids))
+    return unpatchify(filled, config.patch_size, config.in_chans)
+
+
+def held_out_errors(model: Model, batches: list[Batch]) -> dict[str, float]:
+    """Mean squared error of masked pixels per decoder, and of GUESS, in normalised pixels."""
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in batches:
+        images = normalise(batch.images)
+        _, pictures = reconstruct(model, images, batch.noise)
+        pictures[GUESS] = plain_guess(images, model, batch.noise)
+        for name, picture in pictures.items():
+            sums[name] = sums.get(name, 0.0) + (picture - images).square().sum().item()
+        masked = model.config.num_patches - model.config.num_visible
+        count += len(images) * masked * model.config.in_chans * model.config.patch_size**2
+    return {name: total / count for name, total in sums.items()}
+
+
+def draw(model: Model, batch: Batch, path: Path) -> None:
+    """A PNG: a row per image; masked input, every decoder's picture, original."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    images = normalise(batch.images)
+    masked, pictures = reconstruct(model, images, batch.noise)
+    columns = {"masked": masked, **pictures, "original": images}
+    figure, axes = pyplot.subplots(
+        len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images)), squeeze=False
+    )
+    for column, (title, values) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row, image in enumerate(to_pixels(values)):
+            axes[row, column].imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[row, column].axis("off")
+    figure.tight_layout(pad=0.2)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def held_out(config: RunConfig, data: str) -> tuple[Manifest, list[Batch]]:
+    """The held-out images of `data` with their fixed masks; ConfigError if it has none."""
+    folder = find_split(data, "val")
+    if folder is None:
+        raise ConfigError(f"data={data}: has no held-out part; needs {data}/val/<class>")
+    manifest = open_manifest(folder)
+    return manifest, list(iter_validation(config, manifest, replica=0, num_replicas=1))
+
+
+def examples(manifest: Manifest, batches: list[Batch]) -> Batch:
+    """One image of each of the first classes, then images spread over the whole set."""
+    first = {int(label): i for i, label in reversed(list(enumerate(manifest.labels)))}
+    spread = range(0, len(manifest), max(len(manifest) // NUM_SPREAD, 1))
+    chosen = [*sorted(first.values())[:NUM_CLASSES], *spread[:NUM_SPREAD]]
+    images, noise, ids = (
+        torch.cat([getattr(batch, key) for batch in batches])[chosen]
+        for key in ("images", "noise", "sample_ids")
+    )
+    return Batch(images, noise, ids)

@@ -1,0 +1,54 @@
+"""Console script `deepmim-scale`: a table of commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from deepmim_scale.arguments import parse, run_command
+from deepmim_scale.config import ConfigError
+
+# words: (module, class of its arguments, function, what it does)
+COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
+    "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
+    "evaluate digits": ("evaluate.commands", "DigitsArguments", "run_digits", "probe features on digits"),
+    "analyse reconstruct": ("analysis.commands", "ReconstructArguments", "run_reconstruct",
+                            "draw what each decoder fills in"),
+    "analyse losses": ("analysis.commands", "LossesArguments", "run_losses",
+                       "draw each decoder's loss over a run"),
+    "verify": ("checkpoint.commands", "VerifyArguments", "run", "check a checkpoint's digests"),
+}  # fmt: skip
+
+
+def _overview() -> str:
+    lines = [f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)"]
+    lines += [f"  {words:22s}{command[3]}" for words, command in COMMANDS.items()]
+    commands = "\n".join(lines)
+    return f"usage: deepmim-scale COMMAND [OPTIONS]\n\n{commands}\n\nEvery command has --help."
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    for words, (module, arguments, function, _) in COMMANDS.items():
+        length = len(words.split())
+        if " ".join(argv[:length]) == words:
+            code = importlib.import_module(f"deepmim_scale.{module}")
+            given = parse(getattr(code, arguments), argv[length:], prog=f"deepmim-scale {words}")
+            getattr(code, function)(given)
+            return
+    raise ConfigError(f"{' '.join(argv[:2])}: unknown command; see deepmim-scale --help")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of the console script."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] == "pretrain":
+        from deepmim_scale.train.pretrain import main as pretrain
+
+        pretrain(words[1:], prog="deepmim-scale pretrain")
+        return
+    run_command(lambda: _dispatch(words))

@@ -1,0 +1,75 @@
+"""The quickstart's probe: scikit-learn's digits with 100 labels, raw pixels against features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deepmim_scale.config import ConfigError
+from deepmim_scale.data.samples import load_digits_probe
+from deepmim_scale.evaluate.features import load_model, pool, tapped_tokens, untrained_model
+from deepmim_scale.evaluate.probes import PROBES
+
+NUM_LABELS = 100
+NUM_DRAWS = 5
+POOLS = {"mean": 1, "2x2": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: accuracies as mean and standard deviation over the draws."""
+
+    encoder: str
+    features: str
+    pool: str
+    probe: str
+    mean: float
+    std: float
+
+
+def probe_rows(
+    encoder: str, name: str, pool: str, features: np.ndarray, labels: np.ndarray
+) -> list[Row]:
+    """Rows of all probes for features [N, F] with labels [N]; the draws are fixed."""
+    rows = []
+    for probe, accuracy in PROBES.items():
+        scores = []
+        for draw in range(NUM_DRAWS):
+            order = np.random.RandomState(draw).permutation(len(labels))
+            train, test = order[:NUM_LABELS], order[NUM_LABELS:]
+            scores.append(accuracy(features[train], labels[train], features[test], labels[test]))
+        rows.append(Row(encoder, name, pool, probe, float(np.mean(scores)), float(np.std(scores))))
+    return rows
+
+
+def probe_run(run: str) -> list[Row]:
+    """The whole table of a run: raw pixels, untrained and trained encoder, per tapped block."""
+    trained = load_model(run)
+    if trained.config.img_size != 32:
+        raise ConfigError(f"run={run}: img_size is {trained.config.img_size}; digits are 32 px")
+    pixels, labels = load_digits_probe()
+    rows = probe_rows("-", "raw pixels", "-", pixels[:, 0].reshape(len(pixels), -1) / 255, labels)
+    images = torch.from_numpy(pixels)
+    for encoder, model in (("untrained", untrained_model(run)), ("trained", trained)):
+        for name, tokens in tapped_tokens(model, images).items():
+            for kind, side in POOLS.items():
+                features = pool(tokens, side).numpy()
+                rows += probe_rows(encoder, name, kind, features, labels)
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line per features and pooling, a column per probe, accuracies in percent."""
+    probes = list(dict.fromkeys(row.probe for row in rows))
+    lines = [
+        "| encoder | features | pooling | " + " | ".join(probes) + " |",
+        "|---|---|---|" + "---|" * len(probes),
+    ]
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        cells = groups.setdefault((row.encoder, row.features, row.pool), [])
+        cells.append(f"{100 * row.mean:.1f} +- {100 * row.std:.1f}")
+    lines += [f"| {' | '.join(key)} | {' | '.join(cells)} |" for key, cells in groups.items()]
+    return "\n".join(lines)
