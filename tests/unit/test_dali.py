@@ -1,0 +1,123 @@
+"""DALI (CPU pipelines) against PIL and against itself: pixels, determinism, bad files."""
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepmim_scale.data.backend import BadImage, Rows
+from deepmim_scale.data.loader import choose_loader
+from deepmim_scale.data.sample_plan import crops, flips
+
+pytest.importorskip("nvidia.dali", reason="DALI is an extra: dali-cuda12 or dali-cuda13")
+
+from deepmim_scale.data import dali
+
+SIZE = 48
+
+
+def write_photos(root, count):
+    """JPEGs of a smooth random field: DALI and PIL differ most at hard edges, photos have few."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(generator.integers(0, 255, (7, 9, 3), dtype=np.uint8))
+        size = [(200, 150), (150, 220), (128, 128)][i % 3]
+        coarse.resize(size, Image.Resampling.BICUBIC).save(root / f"{i:03}.jpg", quality=92)
+
+
+def plan(root, batch):
+    paths = sorted(str(path) for path in root.glob("*.jpg"))
+    ids = np.arange(len(paths))
+    widths, heights = np.array([Image.open(path).size for path in paths]).T
+    boxes, mirrored = crops(0, 0, ids, heights, widths, 0.2), flips(0, 0, ids)
+    for first in range(0, len(ids), batch):
+        at = slice(first, first + batch)
+        yield Rows(ids[at], paths[at], boxes[at], mirrored[at])
+
+
+def digests(root, **options):
+    """SHA-1 of each micro-batch's images, boxes and flips."""
+    return [
+        hashlib.sha1(
+            images.numpy().tobytes() + rows.boxes.tobytes() + rows.flips.tobytes()
+        ).hexdigest()
+        for rows, images in dali.stream(plan(root, 25), SIZE, max_batch=25, **options)
+    ]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    write_photos(root, 200)
+    return root
+
+
+def test_pixels_are_pils(photos):
+    found = torch.cat([images for _, images in dali.stream(plan(photos, 32), SIZE, 2, 32)])
+    assert found.shape == (200, 3, SIZE, SIZE)
+    (rows,) = plan(photos, 200)
+    expected = []
+    for path, (top, left, height, width), flip in zip(
+        rows.paths, rows.boxes.tolist(), rows.flips, strict=True
+    ):
+        image = Image.open(path).crop((left, top, left + width, top + height))
+        pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.int64)
+        expected.append((pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1))
+    difference = np.abs(found.numpy() - np.stack(expected))
+    assert difference.mean() <= 0.25, difference.mean()
+    assert difference.max() <= 10, difference.max()
+
+
+def test_equal_over_processes_threads_and_prefetch(photos):
+    here = digests(photos, threads=1, prefetch=2)
+    assert digests(photos, threads=3, prefetch=1) == here
+    assert digests(photos, threads=2, prefetch=4) == here
+    code = (
+        "import importlib.util, json, pathlib, sys\n"
+        f"spec = importlib.util.spec_from_file_location('there', {__file__!r})\n"
+        "there = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(there)\n"
+        f"print(json.dumps(there.digests(pathlib.Path({str(photos)!r}), threads=2)))\n"
+    )
+    there = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert json.loads(there.splitlines()[-1]) == here
+
+
+def test_any_start_gives_the_rest(photos):
+    def hashes(first):
+        rows = itertools.islice(plan(photos, 25), first, None)
+        stream = dali.stream(rows, SIZE, 1, 25)
+        return [hashlib.sha1(images.numpy().tobytes()).hexdigest() for _, images in stream]
+
+    whole = hashes(0)
+    assert len(set(whole)) == 8
+    for first in (1, 4, 7, 8):
+        assert hashes(first) == whole[first:]
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>", b"\xff\xd8" + bytes(200), "half", None])
+def test_a_bad_file_is_one_line(photos, tmp_path, data):
+    if data == "half":
+        data = (photos / "000.jpg").read_bytes()[:1500]
+    if data is not None:
+        (tmp_path / "bad.jpg").write_bytes(data)
+    (good, *_) = plan(photos, 2)
+    bad = Rows(good.ids, [good.paths[0], str(tmp_path / "bad.jpg")], good.boxes, good.flips)
+    stream = dali.stream(iter([good, bad, good]), SIZE, 1, 2)
+    assert next(stream)[1].shape == (2, 3, SIZE, SIZE)
+    with pytest.raises(BadImage, match=r"^DALI: ") as error:
+        next(stream)
+    assert "\n" not in str(error.value)
+    assert list(stream) == []
+
+
+def test_chosen_where_asked_for():
+    loader, decode, line = choose_loader("dali", "auto", torch.device("cpu"))
+    assert (loader, decode) == ("dali", "cpu")
+    assert line == "loader dali (asked for): decode cpu, resize on the CPU"

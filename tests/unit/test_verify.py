@@ -1,0 +1,208 @@
+"""Every kind of bad or unusual file has its documented outcome (docs/data.md, table of files)."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepmim_scale.config import ConfigError, ModelConfig, RunConfig
+from deepmim_scale.data import verify
+from deepmim_scale.data.backend import BadImage
+from deepmim_scale.data.commands import VerifyArgs, run_verify
+from deepmim_scale.data.feed import build_feed
+from deepmim_scale.data.manifest import open_manifest, scan_folder
+from deepmim_scale.data.sample_plan import SamplePlan
+from deepmim_scale.data.torch_backend import stream
+from deepmim_scale.data.verify import captured_stderr, verify_folder
+
+NUM_GOOD = 7
+BACKENDS = ["torch"] + ["dali"] * (importlib.util.find_spec("nvidia.dali") is not None)
+
+
+def picture(height=60, width=80, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(path, size=(60, 80), **options):
+    picture(*size).save(path.with_suffix(".tmp"), format="JPEG", quality=92, **options)
+    data = path.with_suffix(".tmp").read_bytes()
+    path.with_suffix(".tmp").unlink()
+    return data
+
+
+def orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def flipped(path):
+    """200 bytes in the middle of a JPEG, as in the measurement this table comes from."""
+    data = jpeg(path, size=(300, 400))
+    place, middle = len(data) // 2, np.random.default_rng(3).integers(0, 255, 200, dtype=np.uint8)
+    return data[:place] + middle.tobytes() + data[place + 200 :]
+
+
+def sixteen_bits(path):
+    values = np.linspace(0, 65535, 3600).astype(np.uint16).reshape(60, 60)
+    Image.fromarray(values).save(path)
+
+
+# name, how to write it, outcome of scan (sees, refuses, ignores), of verify, of training
+CASES = {
+    "zero-byte": ("x.jpg", lambda p: p.write_bytes(b""), "refuses", "unreadable"),
+    "truncated": ("x.jpg", lambda p: p.write_bytes(jpeg(p)[:1200]), "sees", "unreadable"),
+    "header truncated": ("x.jpg", lambda p: p.write_bytes(jpeg(p)[:60]), "refuses", "unreadable"),
+    "random bytes": ("x.jpg", lambda p: p.write_bytes(bytes(range(256))), "refuses", "unreadable"),
+    "HTML": ("x.jpg", lambda p: p.write_bytes(b"<html>404</html>"), "refuses", "unreadable"),
+    "over PIL's limit": (
+        "x.png", lambda p: Image.new("1", (20000, 10000)).save(p), "refuses", "unreadable"
+    ),
+    "bits flipped": ("x.jpg", lambda p: p.write_bytes(flipped(p)), "sees", "damaged"),
+    "CMYK": ("x.jpg", lambda p: picture().convert("CMYK").save(p), "sees", "good"),
+    "gray": ("x.jpg", lambda p: picture().convert("L").save(p), "sees", "good"),
+    "16-bit PNG": ("x.png", sixteen_bits, "sees", "good"),
+    "WebP": ("x.webp", lambda p: picture().save(p), "sees", "good"),
+    "PNG named .jpg": ("x.jpg", lambda p: picture().save(p, format="PNG"), "sees", "good"),
+    "EXIF turned": ("x.jpg", lambda p: p.write_bytes(jpeg(p, exif=orientation())), "sees", "good"),
+    "1 x 1": ("x.png", lambda p: picture(1, 1).save(p), "sees", "good"),
+    "large": ("x.jpg", lambda p: picture(2000, 3000).save(p), "sees", "good"),
+    "GIF": ("x.gif", lambda p: picture().save(p), "ignores", None),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    (tmp_path / "class").mkdir()
+    for i in range(NUM_GOOD):
+        picture(seed=i).save(tmp_path / "class" / f"{i}.jpg")
+    name, write, scan, kind = CASES[request.param]
+    write(tmp_path / "class" / name)
+    return tmp_path, f"class/{name}", scan, kind
+
+
+def train(manifest, backend, on_bad):
+    """Two epochs in batches of 4; the multiset of ids per epoch and the images of `x`."""
+    config = RunConfig(model=ModelConfig(method="mae", img_size=32, patch_size=8))
+    if backend == "dali":
+        from deepmim_scale.data import dali
+
+        decoder = functools.partial(dali.stream, size=32, threads=1, max_batch=4)
+    else:
+        decoder = functools.partial(stream, size=32, threads=1)
+    plan = SamplePlan(len(manifest), 1, 4)
+    feed = build_feed(
+        config, manifest, plan, replica=0, num_replicas=1, num_microbatches=1, start_step=0,
+        num_steps=2 * plan.steps_per_epoch, backend=decoder, on_bad=on_bad,
+    )  # fmt: skip
+    batches = [batch for (batch,) in feed]
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    return ids, torch.cat([batch.images for batch in batches]).float()
+
+
+def test_outcomes(case, capfd):
+    root, name, scan, kind = case
+    if scan == "refuses":
+        with pytest.raises(ConfigError, match=f"1 unreadable images: {name}; run .* data verify"):
+            open_manifest(root)
+        assert scan_folder(root).heights.tolist().count(0) == 1
+    manifest = open_manifest(root, on_bad="replace")
+    assert (name in manifest.names) == (scan == "sees")
+    if scan != "sees":
+        assert any("ignored: 1 .gif" in note or name in note for note in manifest.notes)
+
+    unreadable = scan == "sees" and kind == "unreadable"
+    results = {}
+    for backend in BACKENDS:
+        if unreadable:
+            with pytest.raises(BadImage, match=f"{name}: .*; run .* data verify"):
+                train(manifest, backend, "fail")
+        ids, images = results[backend] = train(manifest, backend, "replace")
+        per_epoch = len(manifest) // 4 * 4
+        assert len(ids) == 2 * per_epoch
+        if unreadable:
+            assert manifest.names.index(name) not in ids.tolist()
+        else:  # nothing is lost and nothing comes twice
+            assert all(len(set(epoch.tolist())) == per_epoch for epoch in ids.split(per_epoch))
+    if len(results) == 2 and kind != "damaged":  # decoders differ in what they make of damage
+        (ids, images), (dali_ids, dali_images) = results.values()
+        assert torch.equal(ids, dali_ids)
+        assert (images - dali_images).abs().mean() < 1.5
+
+    report = verify_folder(root, threads=2)
+    assert report["images"] == NUM_GOOD + (kind is not None)
+    found = {finding["file"]: finding["kind"] for finding in report["bad"]}
+    assert found == ({name: kind} if kind in ("unreadable", "damaged") else {})
+    kept = open_manifest(root)
+    assert (name in kept.names) == (kind == "good")
+    capfd.readouterr()
+
+
+def test_command_reports_and_training_honours_it(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for i in range(3):
+            picture(seed=i).save(tmp_path / split / "a" / f"{i}.jpg")
+    (tmp_path / "train" / "a" / "1.jpg").write_bytes(b"")
+    run_verify(VerifyArgs(dir=str(tmp_path), report=str(tmp_path / "r.json")))
+    out = capsys.readouterr().out
+    assert "2 of 3 images good, 1 unreadable, 0 damaged" in out
+    assert "a/1.jpg: unreadable: not an image" in out
+    reports = json.loads((tmp_path / "r.json").read_text())
+    assert [report["good"] for report in reports] == [2, 3]
+    assert json.loads((tmp_path / "train" / "verify.json").read_text()) == reports[0]
+    assert open_manifest(tmp_path / "train").names == ("a/0.jpg", "a/2.jpg")
+
+
+def test_interrupted_check_goes_on(tmp_path, monkeypatch):
+    for i in range(9):
+        picture(seed=i).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "1.jpg").write_bytes(b"")
+    monkeypatch.setattr(verify, "CHUNK", 2)
+    checked = []
+    honest = verify._unreadable
+
+    def counting(path):
+        if len(checked) == 6:
+            raise KeyboardInterrupt
+        checked.append(path.name)
+        return honest(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "_unreadable", counting)
+        with pytest.raises(KeyboardInterrupt):
+            verify_folder(tmp_path, threads=1)
+    assert not (tmp_path / "verify.json").exists()
+    checked.clear()
+    monkeypatch.setattr(verify, "_unreadable", lambda path: checked.append(path.name))
+    report = verify_folder(tmp_path, threads=1)
+    assert checked == ["6.jpg", "7.jpg", "8.jpg"]
+    assert [finding["file"] for finding in report["bad"]] == ["1.jpg"]
+    picture(90, 90).save(tmp_path / "0.jpg")  # other files: all over again
+    checked.clear()
+    assert verify_folder(tmp_path, threads=1)["unreadable"] == 0
+    assert len(checked) == 9
+
+
+def test_stderr_of_c_libraries_is_captured_and_restored():
+    code = (
+        "import os\n"
+        "from deepmim_scale.data.verify import captured_stderr\n"
+        "with captured_stderr() as text:\n"
+        "    os.write(2, b'inside')\n"
+        "    assert text() == 'inside', text()\n"
+        "os.write(2, b'after')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr == "after"
+    with captured_stderr() as text:
+        os.write(2, b"here")
+        assert text() == "here"
