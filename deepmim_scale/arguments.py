@@ -136,6 +136,9 @@ def run_command(command: Callable[[], None]) -> None:
         if is_speaker():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         if is_speaker():
             print("interrupted", file=sys.stderr)

@@ -13,7 +13,8 @@ from deepmim_scale.config import ConfigError
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
     "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
-    "evaluate digits": ("evaluate.commands", "DigitsArguments", "run_digits", "probe features on digits"),
+    "evaluate digits": ("evaluate.commands", "DigitsArguments", "run_digits",
+                        "probe features on digits"),
     "analyse reconstruct": ("analysis.commands", "ReconstructArguments", "run_reconstruct",
                             "draw what each decoder fills in"),
     "analyse losses": ("analysis.commands", "LossesArguments", "run_losses",

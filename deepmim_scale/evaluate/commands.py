@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,7 @@ class DigitsArguments(Frozen):
 
     run: tyro.conf.Positional[str]
     """Folder of a run with 32-pixel input."""
-    json: str = ""
+    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
     """File for the table (default RUN/digits.json)."""
 
 
@@ -33,5 +34,5 @@ def run_digits(arguments: DigitsArguments) -> None:
     for encoder, title in (("-", "raw pixels"), ("untrained", "untrained"), ("trained", "trained")):
         best = max((row for row in rows if row.encoder == encoder), key=lambda row: row.mean)
         print(f"best {title}: {100 * best.mean:.1f} ({best.features}, {best.pool}, {best.probe})")
-    output = Path(arguments.json or Path(arguments.run) / "digits.json")
+    output = Path(arguments.json_file or Path(arguments.run) / "digits.json")
     output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
