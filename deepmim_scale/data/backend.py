@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from deepmim_scale.config import ConfigError
 
-class BadImage(ValueError):
+
+class BadImage(ConfigError):
     """An image that cannot be decoded; the message names the file where the decoder does."""
 
 

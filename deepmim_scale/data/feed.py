@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.data import torch_backend
-from deepmim_scale.data.backend import Backend
+from deepmim_scale.data.backend import Backend, BadImage
 from deepmim_scale.data.decoding import Decoding, Job
 from deepmim_scale.data.exchange import Decoded, Exchange, Mode, checksum, own_microbatches
 from deepmim_scale.data.loader import cached_reader
@@ -182,20 +183,32 @@ def iter_validation(
     *,
     replica: int,
     num_replicas: int,
+    on_bad: Literal["fail", "replace"] = "fail",
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Held-out images of one replica in order, each once over the replicas, last batch partial.
 
-    Resized as torch_backend.centre; masks are fixed (epoch 0, seed 0) so that losses compare.
+    Resized as torch_backend.centre by the torch backend, whatever the loader; masks are fixed
+    (epoch 0, seed 0) so that losses compare. An undecodable image raises BadImage, or with on_bad
+    `replace` is left out and named on stderr.
     """
     size, paths, read = config.model.img_size, manifest.paths, cached_reader(manifest)
     mine = np.arange(replica, len(manifest), num_replicas)
     for start in range(0, len(mine), config.microbatch_size):
         ids = mine[start : start + config.microbatch_size]
-        images = torch_backend.decode_whole(
-            [paths[i] for i in ids], size, config.loader_threads, read
-        )
+        if on_bad == "replace":
+            ids = np.array([i for i in ids if _decodes(paths[i], read)], np.int64)
+        chosen = [paths[i] for i in ids]
+        images = torch_backend.decode_whole(chosen, size, config.loader_threads, read)
         noise = mask_noise(0, 0, ids, config.model.num_patches, VALIDATION_MASK)
-        yield Batch(
-            *(x.to(device) for x in (images, torch.from_numpy(noise), torch.from_numpy(ids)))
-        )
+        tensors = images, torch.from_numpy(noise), torch.from_numpy(ids)
+        yield Batch(*(tensor.to(device) for tensor in tensors))
+
+
+def _decodes(path: str, read: torch_backend.Read) -> bool:
+    try:
+        read(path)
+    except BadImage as error:
+        print(f"held-out image left out: {error}", file=sys.stderr)
+        return False
+    return True

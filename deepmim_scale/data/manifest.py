@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -53,12 +54,12 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
+    @cached_property
     def paths(self) -> list[str]:
         """Full paths, in order of the sample ids."""
         return [os.path.join(self.root, name) for name in self.names]
 
-    @property
+    @cached_property
     def sha(self) -> str:
         """SHA-256 over names and file sizes: the identity of the data set."""
         return listing_sha(zip(self.names, self.num_bytes.tolist(), strict=True))

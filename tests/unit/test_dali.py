@@ -11,9 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.data.backend import BadImage, Rows
-from deepmim_scale.data.loader import choose_loader
-from deepmim_scale.data.sample_plan import crops, flips
+from deepmim_scale.data.feed import build_feed
+from deepmim_scale.data.loader import build_backend, choose_loader
+from deepmim_scale.data.manifest import open_manifest
+from deepmim_scale.data.sample_plan import SamplePlan, crops, flips
+from deepmim_scale.data.samples import write_samples
+from deepmim_scale.models import build_model, local_backward
+from deepmim_scale.targets.pixels import normalise
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra: dali-cuda12 or dali-cuda13")
 
@@ -121,3 +127,36 @@ def test_chosen_where_asked_for():
     loader, decode, line = choose_loader("dali", "auto", torch.device("cpu"))
     assert (loader, decode) == ("dali", "cpu")
     assert line == "loader dali (asked for): decode cpu, resize on the CPU"
+
+
+def test_training_reaches_the_same_losses(tmp_path):
+    """The sample set through DALI and through the torch backend: curves within 2 %."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    assert write_samples(tmp_path / "set")
+    manifest = open_manifest(tmp_path / "set" / "train")
+    model_config = ModelConfig(
+        method="mae", norm_pix=False, img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4,
+        decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4,
+    )  # fmt: skip
+    config = RunConfig(model=model_config, microbatch_size=32)
+    curves = {}
+    for loader in ("torch", "dali"):
+        backend, _ = build_backend(config, manifest, 32, torch.device("cpu"), loader)
+        feed = build_feed(
+            config, manifest, SamplePlan(len(manifest), 0, 32), replica=0, num_replicas=1,
+            num_microbatches=1, start_step=0, num_steps=120, backend=backend,
+        )  # fmt: skip
+        model = build_model(model_config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for (batch,) in feed:
+            out = local_backward(model, normalise(batch.images), noise=batch.noise)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(out.loss))
+        curves[loader] = np.array(losses)
+    assert curves["torch"][-20:].mean() < 0.8 * curves["torch"][:20].mean(), "it must learn"
+    difference = np.abs(curves["dali"] / curves["torch"] - 1)
+    print(f"largest difference of a step {difference.max():.4f}, mean {difference.mean():.5f}")
+    assert difference.max() <= 0.02, difference.max()

@@ -201,6 +201,16 @@ def test_validation_sees_every_image_once(manifest, replicas):
     assert len(one[-1].sample_ids) == 2
 
 
+def test_bad_held_out_images_fail_or_are_named(manifest, capsys):
+    spoil(manifest, 4)
+    with pytest.raises(BadImage, match=r"04\.png"):
+        list(iter_validation(CONFIG, manifest, replica=0, num_replicas=1))
+    batches = iter_validation(CONFIG, manifest, replica=0, num_replicas=1, on_bad="replace")
+    ids = torch.cat([batch.sample_ids for batch in batches]).tolist()
+    assert ids == [i for i in range(26) if i != 4]
+    assert "held-out image left out: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("microbatches", [1, 4, 7])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_every_microbatch_is_decoded_by_one_stage(microbatches, stages):
