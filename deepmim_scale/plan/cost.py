@@ -12,8 +12,10 @@ backward belongs to the inputs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal
 
 from deepmim_scale.config import ModelConfig
@@ -29,7 +31,7 @@ both norms' inputs and outputs 4, qkv 3, attention output 1, MLP hidden before a
 
 @dataclass(frozen=True)
 class Cost:
-    """What one part costs; parts add up with `+` and `total`."""
+    """What one part costs; parts add up with `+` and `total`, equal ones with `*`."""
 
     trainable: int = 0
     """Parameters that are trained."""
@@ -45,8 +47,10 @@ class Cost:
     """Activation values per image kept from forward to backward."""
 
     def __add__(self, other: Cost) -> Cost:
-        names = (field.name for field in fields(Cost))
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Cost(*map(operator.add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, count: int) -> Cost:
+        return Cost(*(count * value for value in vars(self).values()))
 
     @property
     def parameters(self) -> int:
@@ -175,7 +179,7 @@ def _decoder_body_cost(config: ModelConfig, index: int) -> Cost:
     last = block_cost(d, config.mlp_ratio, tokens, queries, context)
     saved = 2 * d * queries + config.out_dim * queries + d * context
     parts = [
-        *[middle] * (config.decoder_depth - 1),
+        middle * (config.decoder_depth - 1),
         last,
         _norm(d),
         _linear(queries, d, config.out_dim),
@@ -206,26 +210,27 @@ class StageCost:
     encoder: Cost
     decoders: Cost
 
-    @property
+    @cached_property
     def whole(self) -> Cost:
         """Both."""
         return self.encoder + self.decoders
 
 
+@cache
 def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
     """Blocks `first`..`last` - 1 (from 0) and the decoders whose taps are among them.
 
     The first stage has the patch embedding, the last one the encoder's final norm (MIRL: one of the
     norms of its taps). Each stage with decoders has its own position table.
     """
-    encoder = total([encoder_block_cost(config)] * (last - first))
+    encoder = encoder_block_cost(config) * (last - first)
     if first == 0:
         encoder += embedding_cost(config)
     if last == config.depth and config.method != "mirl":
         encoder += _norm(config.embed_dim)
     indices = [index for index, tap in enumerate(config.taps) if first < tap <= last]
     if config.method == "mirl":
-        encoder += total([tap_cost(config)] * len(indices))
+        encoder += tap_cost(config) * len(indices)
         decoders = [_decoder_body_cost(config, k) + position_table_cost(config) for k in indices]
     else:
         decoders = [decoder_cost(config, k) for k in indices]

@@ -19,6 +19,7 @@ ZB-H1: Qi et al., Zero Bubble Pipeline Parallelism, 2024, section 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -45,7 +46,10 @@ PRIORITIES: tuple[tuple[Kind, ...], ...] = (
     ("encoder_backward", "decoder_backward", "forward", "decoder", "decoder_forward"),
     ("forward", "encoder_backward", "decoder", "decoder_backward", "decoder_forward"),
 )
-ONE_MODULE: tuple[Kind, ...] = (*INPUT_KINDS[::-1], "decoder_forward", "forward")
+ONE_MODULE: tuple[tuple[Kind, ...], ...] = (
+    (*INPUT_KINDS[::-1], *FORWARD_KINDS[::-1]),
+    (*FORWARD_KINDS, *INPUT_KINDS[::-1]),
+)
 TOLERANCE = 1.002
 """Among schedules within this factor of the fastest the one with the least memory is taken."""
 
@@ -67,24 +71,80 @@ def build(
     times: Times,
     memory: Sequence[Memory],
     memory_limit: int | None = None,
+    *,
+    quick: bool = False,
 ) -> Built:
-    """Make a schedule; `dib` and `dib_w` search for the fastest within `memory_limit` bytes.
+    """Make a schedule; `dib`, `dib_w` and `1f1b` on the V are searched for (`quick`: less).
 
-    Without a limit their peak stays within that of the least they can do or 1f1b's, whichever is
-    larger. `times` must be those of the same kinds: weight gradients apart for `dib_w`, `zb_h1`.
+    The search is for the fastest within `memory_limit` bytes of activations on any rank, by default
+    1f1b's; where nothing is, for the least memory. `times` must be those of the same kinds: with
+    weight gradients apart for `dib_w` and `zb_h1`.
     """
     if name in ("dib", "dib_w"):
-        return _search(name, pipeline, num_microbatches, times, memory, memory_limit)
-    if pipeline.placement == "v":
-        orders = _folded(name, pipeline, num_microbatches, times)
-    else:
-        fill = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward, "zb_h1": _zb_h1}[name]
-        orders = [
-            list(fill(pipeline, stage, num_microbatches)) for stage in range(pipeline.num_ranks)
+        if memory_limit is None:
+            baseline = build("1f1b", pipeline, num_microbatches, times, memory)
+            memory_limit = max(baseline.peaks)
+        candidates = list(_bubble_candidates(pipeline, name == "dib_w", quick))
+    elif name == "1f1b" and pipeline.placement == "v":
+        candidates = [
+            (Style(inline=True), Policy(priority, _falling(pipeline), num_microbatches))
+            for priority in ONE_MODULE
         ]
-    style = Style(inline=True, split=name == "zb_h1")
+    else:
+        style = Style(inline=True, split=name == "zb_h1")
+        fill = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward, "zb_h1": _zb_h1}[name]
+        orders = [list(fill(pipeline, r, num_microbatches)) for r in range(pipeline.num_ranks)]
+        return _complete(name, pipeline, num_microbatches, orders, style, times, memory)
+    found = [
+        _complete(
+            name, pipeline, num_microbatches,
+            list_order(pipeline, num_microbatches, times, policy, style), style, times, memory,
+        )
+        for style, policy in candidates
+    ]  # fmt: skip
+    return _fastest(found, memory_limit)
+
+
+def _complete(
+    name: Name,
+    pipeline: Pipeline,
+    num_microbatches: int,
+    orders: list[list[Instruction]],
+    style: Style,
+    times: Times,
+    memory: Sequence[Memory],
+) -> Built:
     schedule = with_messages(name, pipeline, num_microbatches, orders, style)
     return Built(schedule, simulate(schedule, times), peak_activation_bytes(schedule, memory))
+
+
+def _fastest(found: list[Built], memory_limit: int | None) -> Built:
+    least = min(max(built.peaks) for built in found)
+    limit = math.inf if memory_limit is None else max(memory_limit, least)
+    allowed = [built for built in found if max(built.peaks) <= limit]
+    fastest = min(built.timeline.makespan for built in allowed)
+    near = [built for built in allowed if built.timeline.makespan <= fastest * TOLERANCE]
+    return min(near, key=lambda built: (max(built.peaks), built.timeline.makespan))
+
+
+def _bubble_candidates(
+    pipeline: Pipeline, split: bool, quick: bool
+) -> Iterator[tuple[Style, Policy]]:
+    stages = pipeline.num_stages
+    fused = (False,) if pipeline.paired else (True, False)
+    in_flights = (_falling(pipeline), (stages,) * stages)
+    open_decoders = (1, 2, stages) if pipeline.paired else (1, 3) if split else (1,)
+    patiences = (0.0,) if quick else (0.0, 1.0)
+    priorities = PRIORITIES[:2] if quick else PRIORITIES
+    choices = product(fused, priorities, in_flights, open_decoders, patiences)
+    for one, priority, in_flight, opened, patience in choices:
+        policy = Policy((*priority, *WEIGHT_KINDS), in_flight, opened, patience)
+        yield Style(fused=one, split=split), policy
+
+
+def _falling(pipeline: Pipeline) -> tuple[int, ...]:
+    """1F1B's micro-batches in flight: S on the first stage, 1 on the last."""
+    return tuple(pipeline.num_stages - stage for stage in range(pipeline.num_stages))
 
 
 def _steps(
@@ -94,9 +154,10 @@ def _steps(
     return [Instruction(kind, stage, microbatch) for kind in kinds if kind in present]
 
 
-def _gpipe(pipeline: Pipeline, stage: int, num_microbatches: int) -> Iterator[Instruction]:
-    for kinds in (FORWARD_KINDS, INPUT_KINDS):
-        for microbatch in range(num_microbatches):
+def _gpipe(pipeline: Pipeline, rank: int, num_microbatches: int) -> Iterator[Instruction]:
+    stages = pipeline.stages_of(rank)
+    for kinds, order in ((FORWARD_KINDS, stages), (INPUT_KINDS, stages[::-1])):
+        for stage, microbatch in product(order, range(num_microbatches)):
             yield from _steps(pipeline, stage, microbatch, kinds)
 
 
@@ -113,84 +174,11 @@ def _one_forward_one_backward(
 
 def _zb_h1(pipeline: Pipeline, stage: int, num_microbatches: int) -> Iterator[Instruction]:
     """1F1B in which stage s puts off its weight gradients by s micro-batches."""
-    warmup = min(pipeline.num_stages - 1 - stage, num_microbatches)
-    for microbatch in range(num_microbatches + warmup):
-        if microbatch < num_microbatches:
-            yield from _steps(pipeline, stage, microbatch, FORWARD_KINDS)
-        if microbatch >= warmup:
-            yield from _steps(pipeline, stage, microbatch - warmup, INPUT_KINDS)
-        if microbatch >= warmup + stage:
-            yield from _steps(pipeline, stage, microbatch - warmup - stage, WEIGHT_KINDS)
-    for microbatch in range(max(0, num_microbatches - stage), num_microbatches):
+    weights = 0
+    for step in _one_forward_one_backward(pipeline, stage, num_microbatches):
+        yield step
+        if step.kind == "encoder_backward" and step.microbatch >= stage:
+            yield from _steps(pipeline, stage, weights, WEIGHT_KINDS)
+            weights += 1
+    for microbatch in range(weights, num_microbatches):
         yield from _steps(pipeline, stage, microbatch, WEIGHT_KINDS)
-
-
-def _folded(
-    name: Name, pipeline: Pipeline, num_microbatches: int, times: Times
-) -> list[list[Instruction]]:
-    """gpipe and 1f1b on the V: both stages of a rank share its time, backward before forward."""
-    if name == "gpipe":
-        return [
-            [
-                step
-                for kinds, stages in (
-                    (FORWARD_KINDS, pipeline.stages_of(rank)),
-                    (INPUT_KINDS, pipeline.stages_of(rank)[::-1]),
-                )
-                for stage in stages
-                for microbatch in range(num_microbatches)
-                for step in _steps(pipeline, stage, microbatch, kinds)
-            ]
-            for rank in range(pipeline.num_ranks)
-        ]
-    return list_order(
-        pipeline, num_microbatches, times, _one_module(pipeline, num_microbatches),
-        Style(inline=True),
-    )  # fmt: skip
-
-
-def _one_module(pipeline: Pipeline, num_microbatches: int) -> Policy:
-    return Policy(ONE_MODULE, _falling(pipeline), num_microbatches)
-
-
-def _falling(pipeline: Pipeline) -> tuple[int, ...]:
-    """1F1B's micro-batches in flight: S on the first stage, 1 on the last."""
-    return tuple(pipeline.num_stages - stage for stage in range(pipeline.num_stages))
-
-
-def _search(
-    name: Name,
-    pipeline: Pipeline,
-    num_microbatches: int,
-    times: Times,
-    memory: Sequence[Memory],
-    memory_limit: int | None,
-) -> Built:
-    stages, split = pipeline.num_stages, name == "dib_w"
-    if pipeline.paired:
-        styles, open_decoders = [Style()], (1, 2, stages)
-    elif split:
-        styles, open_decoders = [Style(fused=True, split=True)], (1, 3)
-    else:
-        styles, open_decoders = [Style(fused=True), Style()], (1,)
-    in_flights = (_falling(pipeline), (stages,) * stages)
-    found: list[Built] = []
-    for style, priority, in_flight, opened, patience in product(
-        styles, PRIORITIES, in_flights, open_decoders, (0.0, 1.0)
-    ):
-        policy = Policy((*priority, *WEIGHT_KINDS), in_flight, opened, patience)
-        orders = list_order(pipeline, num_microbatches, times, policy, style)
-        schedule = with_messages(name, pipeline, num_microbatches, orders, style)
-        peaks = peak_activation_bytes(schedule, memory)
-        found.append(Built(schedule, simulate(schedule, times), peaks))
-    if memory_limit is None:
-        style = Style(inline=True)
-        policy = _one_module(pipeline, num_microbatches)
-        orders = list_order(pipeline, num_microbatches, times, policy, style)
-        baseline = with_messages(name, pipeline, num_microbatches, orders, style)
-        memory_limit = max(peak_activation_bytes(baseline, memory))
-    least = min(max(built.peaks) for built in found)
-    allowed = [built for built in found if max(built.peaks) <= max(memory_limit, least)]
-    fastest = min(built.timeline.makespan for built in allowed)
-    near = [built for built in allowed if built.timeline.makespan <= fastest * TOLERANCE]
-    return min(near, key=lambda built: (max(built.peaks), built.timeline.makespan))

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from deepmim_scale.config import ConfigError, ModelConfig
 from deepmim_scale.plan.cost import StageCost, stage_cost
@@ -47,7 +46,7 @@ def minimax_cuts(
     `cost(first, last)` of the blocks between; `fits(stage, first, last)` says whether the stage of
     that number has the memory for them. None where no cut fits.
     """
-    best = {0: (0.0, ())}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(num_stages):
         left = num_stages - 1 - stage
         ends = range(stage + 1, num_blocks - left + 1) if left else [num_blocks]
@@ -78,15 +77,13 @@ def partition(
         run = config.depth // num_stages
         return stages_at(config, range(run, config.depth + 1, run))
 
-    @cache
-    def costs(first: int, last: int) -> StageCost:
-        return stage_cost(config, first, last)
-
     cuts = minimax_cuts(
         config.depth,
         num_stages,
-        lambda first, last: costs(first, last).whole.training_flops,
-        lambda stage, first, last: stage_bytes(stage, costs(first, last)) <= memory_limit,
+        lambda first, last: stage_cost(config, first, last).whole.training_flops,
+        lambda stage, first, last: (
+            stage_bytes(stage, stage_cost(config, first, last)) <= memory_limit
+        ),
     )
     if cuts is None:
         raise ConfigError(

@@ -1,0 +1,135 @@
+"""From a model and a layout to what schedules are made of: pipeline, times, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.plan.cost import (
+    Precision,
+    StageCost,
+    activation_width,
+    boundary_values,
+    decoder_cost,
+    prediction_values,
+    stage_cost,
+)
+from deepmim_scale.plan.partition import Layout, partition
+from deepmim_scale.plan.schedule import Kind, Payload, Pipeline, Placement, Times
+from deepmim_scale.plan.simulate import Memory
+
+
+def layout_of(
+    model: ModelConfig,
+    num_ranks: int,
+    placement: Placement = "linear",
+    stage_bytes: Callable[[int, StageCost], float] = lambda stage, cost: 0.0,
+    memory_limit: float = float("inf"),
+) -> Layout:
+    """Stages of a pipeline of `num_ranks`: on the V two per rank, one segment each."""
+    folded = placement == "v" and num_ranks > 1
+    return partition(model, num_ranks * (2 if folded else 1), stage_bytes, memory_limit)
+
+
+def pipeline_of(
+    model: ModelConfig,
+    layout: Layout,
+    placement: Placement = "linear",
+    gradient_flow: str = "full",
+) -> Pipeline:
+    """The stage graph; a single stage is linear whatever its placement."""
+    folded = placement == "v" and len(layout) > 1
+    return Pipeline(
+        num_ranks=len(layout) // 2 if folded else len(layout),
+        decoders=tuple(bool(stage.decoders) for stage in layout),
+        placement="v" if folded else "linear",
+        paired=model.method == "mirl",
+        local_gradients=gradient_flow == "local",
+    )
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one micro-batch sends from one stage to another."""
+
+    payload: Payload
+    source: int
+    target: int
+    num_bytes: int
+
+
+def messages_of(
+    model: ModelConfig, layout: Layout, microbatch: int, precision: Precision = "autocast"
+) -> list[Message]:
+    """All messages of a micro-batch of so many images, those within a rank included."""
+    width = microbatch * activation_width(precision)
+    found = []
+    for lower, stage in enumerate(layout[1:], start=1):
+        size = width * boundary_values(model, stage.first)
+        found.append(Message("activation", lower - 1, lower, size))
+        found.append(Message("gradient", lower, lower - 1, size))
+    if model.method == "mirl":
+        for shallow in range(len(layout) // 2):
+            deep = len(layout) - 1 - shallow
+            size = width * prediction_values(model) * len(layout[shallow].decoders)
+            found.append(Message("prediction", shallow, deep, size))
+            found.append(Message("prediction_gradient", deep, shallow, size))
+    return found
+
+
+def times_of(
+    model: ModelConfig,
+    layout: Layout,
+    microbatch: int,
+    flops_per_second: float,
+    seconds_per_byte: Callable[[int, int], float] = lambda source, target: 0.0,
+    *,
+    split: bool = False,
+    precision: Precision = "autocast",
+) -> Times:
+    """Durations in proportion to FLOPs, and transfers to bytes between two stages.
+
+    With `split` the backward kinds stand for gradients with respect to inputs only.
+    """
+    compute: dict[tuple[Kind, int], float] = {}
+    for index, stage in enumerate(layout):
+        cost = stage_cost(model, stage.first, stage.last)
+        encoder, decoders = cost.encoder, cost.decoders
+        flops: dict[Kind, int] = {
+            "forward": encoder.forward_flops,
+            "encoder_backward": encoder.input_gradient_flops if split else encoder.backward_flops,
+            "encoder_weight_gradient": encoder.weight_gradient_flops,
+            "decoder_forward": decoders.forward_flops,
+            "decoder_backward": decoders.input_gradient_flops if split else decoders.backward_flops,
+            "decoder_weight_gradient": decoders.weight_gradient_flops,
+        }
+        flops["decoder"] = flops["decoder_forward"] + flops["decoder_backward"]
+        compute |= {(k, index): microbatch * n / flops_per_second for k, n in flops.items()}
+    transfer = {
+        (message.payload, message.source): message.num_bytes
+        * seconds_per_byte(message.source, message.target)
+        for message in messages_of(model, layout, microbatch, precision)
+    }
+    return Times(compute, transfer)
+
+
+def memory_of(
+    model: ModelConfig, layout: Layout, microbatch: int, precision: Precision = "autocast"
+) -> list[Memory]:
+    """Activation bytes of one micro-batch on each stage.
+
+    The gradient of each tap waits for the encoder's backward and is counted with the encoder.
+    """
+    hidden = (model.num_visible + 1) * model.embed_dim
+    found = []
+    for stage in layout:
+        cost = stage_cost(model, stage.first, stage.last)
+        each = [decoder_cost(model, k).saved_values for k in stage.decoders]
+        values = (
+            cost.encoder.saved_values + hidden * len(each),
+            cost.decoders.saved_values,
+            max(each, default=0),
+        )
+        found.append(Memory(*(microbatch * activation_width(precision) * n for n in values)))
+    return found

@@ -1,0 +1,220 @@
+"""Verdicts of the planner, the commands' files and messages, pictures, and what plan/ imports."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tyro
+
+from deepmim_scale.config import ConfigError
+from deepmim_scale.plan import commands
+from deepmim_scale.plan.cost import boundary_values, model_cost, zero2_state_bytes
+from deepmim_scale.plan.draw import chrome_trace, draw_gantt
+from deepmim_scale.plan.estimate import layout_of, memory_of, messages_of, pipeline_of, times_of
+from deepmim_scale.plan.generate import build
+from deepmim_scale.plan.hardware import GPUS, NETWORKS
+from deepmim_scale.plan.planner import Cluster, enumerate_plans, predict, to_json
+from deepmim_scale.presets import load_preset
+
+
+def model(preset, **changes):
+    return load_preset(preset).model.model_copy(update=changes)
+
+
+def cluster(network, gpu="v100-32g", nodes=4):
+    return Cluster(nodes, 8, GPUS[gpu], NETWORKS[network])
+
+
+def best_of(plans, stages):
+    return next(plan for plan in plans if (plan.stages > 1) == (stages > 1))
+
+
+# 32 V100 in 4 nodes, 4096 images: is the best a pipeline, and how much faster (or slower)?
+VERDICTS = [
+    ("deepmim_vit_b_12", "edr", False),
+    ("deepmim_vit_b_48", "edr", False),
+    ("deepmim_vit_b_48", "25gbe", True),
+    ("deepmim_vit_b_48", "10gbe", True),
+    ("deepmim_vit_b_12", "10gbe", True),
+]
+
+
+@pytest.mark.parametrize(("preset", "network", "pipeline"), VERDICTS)
+def test_verdicts(preset, network, pipeline):
+    plans = enumerate_plans(model(preset), cluster(network), 4096)
+    assert (plans[0].stages > 1) == pipeline
+    ratio = best_of(plans, 1).step_seconds / best_of(plans, 2).step_seconds
+    if (preset, network) == ("deepmim_vit_b_48", "25gbe"):
+        assert 1.2 <= ratio <= 1.6, ratio
+    if (preset, network) == ("deepmim_vit_b_48", "10gbe"):
+        assert 2.2 <= ratio <= 3.0, ratio
+
+
+def test_fast_fabric_reaches_the_assumed_utilisation():
+    """Data parallelism alone on EDR: 97-98 % of 38 % of the peak, all communication hidden."""
+    best = enumerate_plans(model("deepmim_vit_b_48"), cluster("edr"), 4096)[0]
+    assert (best.stages, best.microbatch, best.reduction_seconds) == (1, 128, 0.0)
+    assert best.mfu / 0.38 == pytest.approx(128 / 130)
+
+
+def test_memory_and_bytes_by_hand():
+    config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
+    plan = predict(config, cluster("edr"), 4, "1f1b", 64, 8)
+    assert (plan.replicas, plan.layout) == (8, "3d|3d|3d|3d")
+    layout = layout_of(config, 4)
+    memory = memory_of(config, layout, 64)
+    assert plan.activation_bytes == 4 * (memory[0].encoder + memory[0].decoders)
+    # An inner stage sends activations down and gradients up, 16-bit.
+    assert plan.boundary_bytes == 8 * 2 * 64 * 2 * boundary_values(config, 3)
+    one = predict(config, cluster("edr"), 1, "dib", 128, 1)
+    state = zero2_state_bytes(model_cost(config).whole, 32, reduction="per_microbatch")
+    assert one.memory_bytes == state + one.activation_bytes
+    assert one.boundary_bytes == 0
+
+
+def test_long_steps_continue_at_the_slowest_rank():
+    """24 micro-batches predicted from 8 against the simulation of all of them."""
+    config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
+    for name in ("1f1b", "dib", "dib_w"):
+        plan = predict(config, cluster("hdr"), 4, name, 32, 24)
+        layout = layout_of(config, 4)
+        rate = 125e12 * 0.38 * 32 / 34
+        times = times_of(config, layout, 32, rate, split=name == "dib_w")
+        exact = build(name, pipeline_of(config, layout), 24, times, memory_of(config, layout, 32))
+        compute = plan.step_seconds - plan.reduction_seconds
+        assert compute == pytest.approx(exact.timeline.makespan, rel=0.04), name
+
+
+def test_too_small_a_memory():
+    plans = enumerate_plans(model("mirl_vit_b_48"), Cluster(1, 1, GPUS["v100-16g"], 1.0), 4096)
+    assert plans[0].fits
+    crowded = [plan for plan in plans if not plan.fits]
+    assert all(plan.memory_bytes > 0.9 * 16 * 2**30 for plan in crowded)
+    assert crowded
+    assert to_json(crowded)["best"] is None
+
+
+def test_messages_of_mirl():
+    config = model("mirl_vit_b_48")
+    found = {(m.payload, m.source, m.target) for m in messages_of(config, layout_of(config, 3), 1)}
+    assert ("prediction", 0, 2) in found
+    assert ("prediction_gradient", 2, 0) in found
+    assert not any(source == target for _, source, target in found)
+    folded = layout_of(config, 3, "v")
+    pipeline = pipeline_of(config, folded, "v")
+    assert (len(folded), pipeline.num_ranks) == (6, 3)
+    assert pipeline_of(config, layout_of(config, 1, "v"), "v").placement == "linear"
+
+
+def test_mirl_on_v_gains_over_folded_1f1b(capsys):
+    """Printed, whatever it is."""
+    with capsys.disabled():
+        for preset in ("mirl_vit_b_48", "mirl_vit_s_54"):
+            config = model(preset)
+            layout = layout_of(config, 3, "v")
+            pipeline, memory = pipeline_of(config, layout, "v"), memory_of(config, layout, 1)
+            gains = {}
+            for microbatches in (3, 6, 12, 24):
+                folded, dib = (
+                    build(name, pipeline, microbatches, times_of(config, layout, 1, 1e12), memory)
+                    for name in ("1f1b", "dib")
+                )
+                gains[microbatches] = round(folded.timeline.makespan / dib.timeline.makespan, 2)
+            print(f"\n  {preset} on v-3, dib over folded 1f1b by micro-batches: {gains}", end="")
+            assert min(gains.values()) > 1
+
+
+def run(command, *flags):
+    arguments = {"plan": commands.PlanArguments, "schedule": commands.ScheduleArguments}[command]
+    getattr(commands, command)(tyro.cli(arguments, args=list(flags)))
+
+
+def test_plan_command(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    run("plan", "--preset", "mirl_vit_b_48", "--nodes", "4", "--gpus-per-node", "8", "--gpu",
+        "v100-32g", "--network", "25gbe", "--json", str(path))  # fmt: skip
+    report = json.loads(path.read_text())
+    assert report["best"] == report["plans"][0]
+    fields = {"stages", "replicas", "microbatch", "schedule", "step_seconds", "images_per_second",
+              "memory_bytes"}  # fmt: skip
+    assert all(fields <= plan.keys() for plan in report["plans"])
+    assert "best: data parallelism alone, --stages 1" in capsys.readouterr().out
+
+
+def test_schedule_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run("schedule", "--preset", "deepmim_vit_b_12", "--taps", "even", "--stages", "4",
+        "--microbatches", "8", "--schedule", "dib_w", "--json", f"{tmp_path}/s.json",
+        "--picture", f"{tmp_path}/s.png", "--trace", f"{tmp_path}/s.trace.json")  # fmt: skip
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["layout"] == "3d|3d|3d|3d"
+    assert report["speedup_over_1f1b"] >= 0.97 * 1.32
+    assert len(report["ranks"]) == 4
+    idle = [rank["idle_fraction"] for rank in report["ranks"]]
+    assert sum(idle) / 4 == pytest.approx(report["idle_fraction"])
+    assert all(rank["instructions"][-1]["kind"] == "flush" for rank in report["ranks"])
+    assert all(rank["peak_activation_bytes"] > 0 for rank in report["ranks"])
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    events = json.loads((tmp_path / "s.trace.json").read_text())["traceEvents"]
+    # Every micro-batch of every rank: 2 decoder and 3 encoder instructions.
+    boxes = [event for event in events if event.get("cat") not in (None, "wait")]
+    assert len(boxes) == 4 * 8 * 5
+    end = max(event["ts"] + event["dur"] for event in boxes)
+    assert end == pytest.approx(report["makespan"] * 1e6)
+    assert "1f1b" in capsys.readouterr().out
+
+
+def test_svg_of_the_v(tmp_path):
+    pytest.importorskip("matplotlib")
+    config = model("debug_mirl")
+    layout = layout_of(config, 3, "v")
+    built = build("dib", pipeline_of(config, layout, "v"), 3, times_of(config, layout, 8, 1e9),
+                  memory_of(config, layout, 8))  # fmt: skip
+    draw_gantt(built.timeline, tmp_path / "v.svg", "V")
+    assert "deep stage" in (tmp_path / "v.svg").read_text()
+    names = {event["name"] for event in chrome_trace(built.timeline)["traceEvents"]}
+    assert {"thread_name", "forward 0", "wait for activation"} <= names
+
+
+def test_fewer_microbatches_than_stages_warns(capsys):
+    run("schedule", "--preset", "debug", "--stages", "4", "--microbatches", "2")
+    assert "idle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("plan --preset debug --gpu v101", "gpu=v101: unknown; use one of v100-16g"),
+        ("plan --preset debug --network isdn", "network=isdn: unknown; use one of 10gbe"),
+        ("plan --preset debug --nodes 0", "nodes=0: must be positive"),
+        ("plan --preset nope", "preset=nope: unknown"),
+        ("plan --preset debug --global-batch 100", "global_batch=100: .*use a multiple of 64"),
+        ("schedule --preset debug --stages 13 --microbatches 2", "stages=13: deepmim .* 1 to 12"),
+        ("schedule --preset debug --stages 2 --microbatches 0", "microbatches=0: must be positive"),
+        ("schedule --preset debug --stages 2 --microbatches 2 --placement v",
+         "placement=v: deepmim is defined for placement linear"),
+        ("schedule --preset debug_mirl --stages 4 --microbatches 2",
+         "stages=4: mirl .* can be cut into 1, 2, 3, 6 stages"),
+        ("schedule --preset debug_mirl --stages 3 --microbatches 2 --schedule dib_w",
+         "schedule=dib_w: mirl is defined for schedule gpipe, 1f1b, dib"),
+        ("schedule --preset debug --stages 2 --microbatches 2 --layout 3d|3d|3d3d",
+         "layout=.*: has 3 stages, but stages=2"),
+        ("schedule --preset debug --stages 2 --microbatches 2 --taps 5,6", "taps=5,6: must end"),
+    ],
+)  # fmt: skip
+def test_mistakes(flags, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        run(*flags.split())
+    assert "\n" not in str(error.value)
+
+
+def test_plan_imports_no_torch():
+    modules = "cost hardware partition legal schedule greedy generate validate simulate estimate "
+    modules += "planner draw commands"
+    code = "import sys\n" + "\n".join(
+        f"import deepmim_scale.plan.{name}" for name in modules.split()
+    )
+    code += "\nsys.exit(','.join({'torch', 'matplotlib', 'numpy'} & set(sys.modules)) or 0)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
