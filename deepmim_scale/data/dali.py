@@ -80,6 +80,8 @@ def stream(
         except RuntimeError as error:
             raise BadImage(_reason(error)) from error
         images = torch.from_dlpack(output.as_tensor()).clone()
+        if on_gpu:  # DALI writes its buffer again as soon as it runs again
+            torch.cuda.current_stream(device).synchronize()
         yield started.popleft(), images
 
 
@@ -90,5 +92,5 @@ def _reason(error: RuntimeError) -> str:
     for mark in marks:
         for line in lines:
             if mark in line and not line.startswith("Error in"):
-                return f"DALI: {line}"
+                return f"DALI: {line.rstrip(' :')}"
     return f"DALI: {lines[0]}"

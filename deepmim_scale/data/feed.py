@@ -198,6 +198,8 @@ def iter_validation(
         ids = mine[start : start + config.microbatch_size]
         if on_bad == "replace":
             ids = np.array([i for i in ids if _decodes(paths[i], read)], np.int64)
+            if not len(ids):
+                continue
         chosen = [paths[i] for i in ids]
         images = torch_backend.decode_whole(chosen, size, config.loader_threads, read)
         noise = mask_noise(0, 0, ids, config.model.num_patches, VALIDATION_MASK)

@@ -37,10 +37,13 @@ def choose_loader(
     if decode == "mixed" and not (chosen == "dali" and on_gpu):
         raise ConfigError(f"decode=mixed: needs --loader dali and a GPU, got {chosen} on {device}")
     if chosen == "torch":
-        from deepmim_scale.data.torch_backend import jpeg_decoder
-
-        why = {"auto": "no GPU" if not on_gpu else "DALI is not installed"}.get(loader, "asked for")
-        return "torch", "cpu", f"loader torch ({why}): JPEG by {jpeg_decoder()[0]} on CPU threads"
+        missing = "DALI is not installed" if on_gpu else "no GPU"
+        why = missing if loader == "auto" else "asked for"
+        return (
+            "torch",
+            "cpu",
+            f"loader torch ({why}): JPEG by {torch_backend.jpeg_decoder()[0]} on CPU threads",
+        )
     where = decode
     if decode == "auto":
         # A100 and later decode JPEG in hardware; on V100 nvJPEG would compete with training.
