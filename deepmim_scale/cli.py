@@ -53,3 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(words[1:], prog="deepmim-scale pretrain")
         return
     run_command(lambda: _dispatch(words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Every mistake gets one line with key, value and remedy, exit code 2, and no process group."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+from deepmim_scale.train.pretrain import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train" / "a").mkdir(parents=True)
+    for number in range(16):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / "train" / "a" / f"{number}.png")
+    return folder
+
+
+def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, f"not one line: {captured.err}"
+    assert not dist.is_initialized()
+    return captured.err
+
+
+CASES = {
+    "unknown flag": (["--detph", "3"], "--detph: unknown flag; did you mean --depth?"),
+    "unknown preset": (["--preset", "vit"], "preset=vit: unknown; choose one of quickstart"),
+    "not a number": (["--depth", "deep"], "--depth: invalid literal"),
+    "tap beyond depth": (["--taps", "6,14"], "taps=6,14: must end at block 12 (depth)"),
+    "taps unordered": (["--taps", "8,6,12"], "taps=8,6,12: must be increasing"),
+    "image and patch": (["--img-size", "65"], "img_size=65: must be divisible by patch_size=8"),
+    "heads": (["--num-heads", "5"], "embed_dim=64: must be divisible by num_heads=5; e.g. 60 or"),
+    "mask": (["--mask-ratio", "1"], "mask_ratio=1.0: leaves 0 of 64 patches visible"),
+    "batch": (["--global-batch", "12"], "global_batch=12: must be divisible by microbatch_size"),
+    "two batches": (["--global-batch", "16", "--microbatches", "3"], "global_batch=16 needs 2"),
+    "too little data": (["--global-batch", "64"], "larger than the data set of 16 images"),
+    "negative": (["--blr", "-1"], "blr=-1.0: must not be negative"),
+    "resume": (["--resume", "required"], "resume=required:"),
+    "no apex": (["--optimizer", "apex"], "optimizer=apex: NVIDIA apex is not installed"),
+    "missing config": (["--config", "nowhere.json"], "nowhere.json: cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_command_line(name: str, data: Path, tmp_path: Path, capsys) -> None:
+    words, expected = CASES[name]
+    base = ["--preset", "debug", "--data", str(data), "--output", str(tmp_path / "run")]
+    assert expected in error_of([*base, *words], capsys)
+
+
+def test_no_preset(capsys) -> None:
+    assert "preset: missing; give --preset with one of quickstart" in error_of([], capsys)
+
+
+def test_data_folder(tmp_path: Path, capsys) -> None:
+    base = ["--preset", "debug", "--output", str(tmp_path / "run")]
+    assert "data: missing" in error_of(base, capsys)
+    missing = tmp_path / "missing"
+    assert f"data={missing}: must be an image folder" in error_of(
+        [*base, "--data", str(missing)], capsys
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "readme.md").write_text("nothing here")
+    found = error_of([*base, "--data", str(empty)], capsys)
+    assert "no images" in found
+    assert "1 .md" in found
+
+
+def test_output_folder(tmp_path: Path, data: Path, capsys) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    words = ["--preset", "debug", "--data", str(data), "--output", str(tmp_path)]
+    assert "holds other files; choose an empty folder" in error_of(words, capsys)
+
+
+JSONS = {
+    "syntax": ('{\n  "zero_optimization": {,}\n}', "no valid JSON at line 2 column 25"),
+    "top-level typo": ({"grandient_accumulation_steps": 2},
+                       "did you mean gradient_accumulation_steps?"),
+    "nested typo": ({"zero_optimization": {"stage": 2, "reduce_bucket": 5}},
+                    "zero_optimization.reduce_bucket: unknown key; did you mean "
+                    "zero_optimization.reduce_bucket_size?"),
+    "stage": ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: must be 2"),
+    "type": ({"gradient_clipping": "much", "zero_optimization": {"stage": 2}},
+             "gradient_clipping='much': must be a number"),
+    "elsewhere": ({"optimizer": {}, "zero_optimization": {"stage": 2}}, "optimizer: not taken"),
+    "disagrees": ({"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 2}},
+                  "gradient_accumulation_steps=7: the command line gives 1"),
+    "fp16 on a CPU": ({"torch_autocast": {"enabled": True, "dtype": "float16"},
+                       "zero_optimization": {"stage": 2}}, "float16 needs a GPU"),
+    "dtype": ({"torch_autocast": {"enabled": True, "dtype": "fp16"},
+               "zero_optimization": {"stage": 2}}, "must be bfloat16 or float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_deepspeed_json(name: str, data: Path, tmp_path: Path, capsys) -> None:
+    content, expected = JSONS[name]
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    words = ["--preset", "debug", "--data", str(data), "--output", str(tmp_path / "run")]
+    found = error_of([*words, "--deepspeed_config", str(path)], capsys)
+    assert expected in found
+
+
+def test_wrong_apex(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    site = tmp_path / "site"
+    (site / "apex").mkdir(parents=True)
+    (site / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(site))
+    words = ["--preset", "debug", "--data", str(data), "--output", str(tmp_path / "run")]
+    assert "PyPI's web toolkit" in error_of([*words, "--optimizer", "apex"], capsys)
+
+
+@pytest.mark.parametrize("command", [
+    ["-m", "deepmim_scale.cli"],
+    ["launcher/pretrain.py"],
+])  # fmt: skip
+def test_help_is_quick(command: list[str]) -> None:
+    best = 9.9
+    for _ in range(3):  # the best of three: the machine may be busy
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT,
+            check=False,
+        )  # fmt: skip
+        best = min(best, time.perf_counter() - began)
+        assert done.returncode == 0
+        assert "pretrain" in done.stdout
+    assert best < 1.0
+
+
+def test_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "launcher/pretrain.py", "--preset", "debug", "--taps", "99"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: taps=99: must end at block 12 (depth), so that every block is trained; "
+        "use --taps even\n"
+    )
