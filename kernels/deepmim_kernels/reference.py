@@ -33,14 +33,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
 
 
-def pixel_target(images: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
-    """What the pixel loss regresses, [B, L, P*P*C]; `norm_pix` uses the unbiased variance."""
-    target = patchify(images, patch_size)
-    if norm_pix:
-        mean = target.mean(dim=-1, keepdim=True)
-        variance = target.var(dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1.0e-6) ** 0.5
-    return target
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Patches [B, L, D] with mean 0 and unbiased variance 1, as MAE's norm_pix_loss."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1.0e-6) ** 0.5
 
 
 def take_rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -76,13 +73,17 @@ def masked_mse(
     dtype = torch.promote_types(pred.dtype, torch.float32)
     if images.is_floating_point():
         dtype = torch.promote_types(dtype, images.dtype)
-    target = pixel_target(normalise(images, mean, std, dtype), patch_size, norm_pix)
+    target = patchify(normalise(images, mean, std, dtype), patch_size)
     if ids is not None:
         target = take_rows(target, ids)
+    if norm_pix:
+        target = normalise_patches(target)
     if generator is not None:
         target = alpha * target + (1 - alpha) * generator[:, prefix_tokens:]
-    total = pred.to(dtype) if pred2 is None else pred.to(dtype) + pred2
-    rows = ((total[:, prefix_tokens:] - target) ** 2).mean(dim=-1)
+    residual = pred[:, prefix_tokens:] - target
+    if pred2 is not None:
+        residual = residual + pred2[:, prefix_tokens:]
+    rows = (residual**2).mean(dim=-1)
     return masked_mean(rows, None if mask is None else mask.to(dtype))
 
 
@@ -97,12 +98,11 @@ def masked_cosine(
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and weighted row losses 2 - 2 cos [B, L] or [B, K]; at least fp32 inside."""
     dtype = torch.promote_types(torch.promote_types(pred.dtype, teacher.dtype), torch.float32)
-    pred = pred[:, prefix_tokens:].to(dtype)
-    teacher = teacher[:, teacher_prefix_tokens:].to(dtype)
+    pred, teacher = pred[:, prefix_tokens:], teacher[:, teacher_prefix_tokens:]
     if ids is not None:
         teacher = take_rows(teacher, ids)
-    pred = pred / pred.norm(dim=-1, keepdim=True)
-    teacher = teacher / teacher.norm(dim=-1, keepdim=True)
+    pred = pred / torch.linalg.vector_norm(pred, dim=-1, keepdim=True, dtype=dtype)
+    teacher = teacher / torch.linalg.vector_norm(teacher, dim=-1, keepdim=True, dtype=dtype)
     rows = 2 - 2 * (pred * teacher).sum(dim=-1)
     return masked_mean(rows, None if mask is None else mask.to(dtype))
 
