@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deepmim_scale.config import ModelConfig
@@ -112,6 +113,29 @@ def times_of(
         for message in messages_of(model, layout, microbatch, precision)
     }
     return Times(compute, transfer)
+
+
+def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Times) -> Times:
+    """Predicted times with measured seconds in their place, to rebuild a schedule from a profile.
+
+    A kind that was not run (`decoder` where the profile has `decoder_forward` and
+    `decoder_backward`, or the reverse) is predicted, times what the kinds of the same part and
+    stage took against their prediction. Both must have weight gradients apart, or neither.
+    """
+
+    def part(key: tuple[Kind, int]) -> tuple[bool, int]:
+        return key[0].startswith("decoder"), key[1]
+
+    found: dict[tuple[bool, int], float] = defaultdict(float)
+    expected: dict[tuple[bool, int], float] = defaultdict(float)
+    for key, seconds in measured.items():
+        found[part(key)] += seconds
+        expected[part(key)] += predicted.compute[key]
+    compute = {
+        key: measured.get(key, seconds * found[part(key)] / (expected[part(key)] or 1.0))
+        for key, seconds in predicted.compute.items()
+    }
+    return Times(compute, predicted.transfer)
 
 
 def memory_of(

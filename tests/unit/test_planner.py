@@ -11,7 +11,14 @@ from deepmim_scale.config import ConfigError
 from deepmim_scale.plan import commands
 from deepmim_scale.plan.cost import boundary_values, model_cost, zero2_state_bytes
 from deepmim_scale.plan.draw import chrome_trace, draw_gantt
-from deepmim_scale.plan.estimate import layout_of, memory_of, messages_of, pipeline_of, times_of
+from deepmim_scale.plan.estimate import (
+    layout_of,
+    memory_of,
+    messages_of,
+    pipeline_of,
+    profiled_times,
+    times_of,
+)
 from deepmim_scale.plan.generate import build
 from deepmim_scale.plan.hardware import GPUS, NETWORKS
 from deepmim_scale.plan.planner import Cluster, enumerate_plans, predict, to_json
@@ -105,6 +112,22 @@ def test_messages_of_mirl():
     pipeline = pipeline_of(config, folded, "v")
     assert (len(folded), pipeline.num_ranks) == (6, 3)
     assert pipeline_of(config, layout_of(config, 1, "v"), "v").placement == "linear"
+
+
+def test_times_from_a_profile():
+    """Decoders take twice the prediction, in the profile as one kind, in the result as three."""
+    config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
+    predicted = times_of(config, layout_of(config, 2), 8, 1e12)
+    factor = {"forward": 1.5, "encoder_backward": 1.5, "decoder": 2.0}
+    measured = {
+        (kind, stage): scale * predicted.compute[kind, stage]
+        for kind, scale in factor.items()
+        for stage in (0, 1)
+    }
+    found = profiled_times(measured, predicted).compute
+    for (kind, stage), seconds in predicted.compute.items():
+        scale = 2.0 if kind.startswith("decoder") else 1.5
+        assert found[kind, stage] == pytest.approx(scale * seconds), kind
 
 
 def test_mirl_on_v_gains_over_folded_1f1b(capsys):
