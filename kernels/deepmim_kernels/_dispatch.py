@@ -47,10 +47,16 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
             return f"no kernel takes {tensor.dtype}"
     if not tensors[0].is_cuda:
         return None if INTERPRETED else f"the tensors are on {tensors[0].device}"
-    capability = torch.cuda.get_device_capability(tensors[0].device)
+    capability = _capability(tensors[0].device)
     if capability < (7, 0):
         return f"compute capability {capability} is below 7.0"
     # Volta and Turing have no bf16 instructions; emulation is slower than the reference.
     if capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         return f"compute capability {capability} has no bfloat16"
     return None
+
+
+# A tuple of numbers is no node of a compiled graph: it is looked up when the graph is traced.
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
