@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -129,25 +129,26 @@ HANDS_OVER = {"torchvision": "float", "timm": "float", "torch-float": "float"}
 
 
 def measure(name: str, data: Path, cores: int) -> dict[str, float]:
-    """Images/s over EPOCHS epochs after a warm one, and CPU ms per image over all of them."""
+    """Images/s and CPU ms per image over EPOCHS epochs after a warm one."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     import torch
 
     torch.set_num_threads(1)
     epoch = LOADERS[name](data, cores)
-    cpu_before = _cpu_seconds()
-    count = sum(epoch())
-    began = time.perf_counter()
-    timed = sum(sum(epoch()) for _ in range(EPOCHS))
-    seconds = time.perf_counter() - began
-    del epoch  # ends worker processes, whose CPU time counts from then on
-    cpu = _cpu_seconds() - cpu_before
-    return {"images_per_second": timed / seconds, "cpu_ms": 1e3 * cpu / (count + timed)}
+    sum(epoch())
+    began, cpu_before = time.perf_counter(), _cpu_seconds()
+    count = sum(sum(epoch()) for _ in range(EPOCHS))
+    seconds, cpu = time.perf_counter() - began, _cpu_seconds() - cpu_before
+    return {"images_per_second": count / seconds, "cpu_ms": 1e3 * cpu / count}
 
 
 def _cpu_seconds() -> float:
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    """CPU time of this process and of its living workers, s."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1]
+        ticks += sum(int(number) for number in fields.split()[11:13])  # user and system time
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def write_photos(folder: Path, count: int = 300) -> None:
@@ -197,13 +198,16 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"{arguments.cores} cores, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}, "
           f"torch {version('torch')}, torchvision {version('torchvision')}")  # fmt: skip
     print("loader       hands over   img/s    slowest..fastest  CPU ms/img  / torchvision")
+    print("(medians; the ratio is the median of the rounds' ratios)")
     for name, row in medians.items():
         speeds = [entry["images_per_second"] for entry in results[name]]
         row |= {"slowest": min(speeds), "fastest": max(speeds)}
         line = "{:12} {:10} {images_per_second:7.1f} {slowest:10.1f}..{fastest:<8.1f} {cpu_ms:8.2f}"
         line = line.format(name, HANDS_OVER.get(name, "uint8"), **row)
-        if base := medians.get("torchvision"):
-            line += f"  {row['images_per_second'] / base['images_per_second']:11.2f}"
+        if base := results.get("torchvision"):
+            pairs = zip(speeds, base, strict=True)
+            ratio = statistics.median(mine / theirs["images_per_second"] for mine, theirs in pairs)
+            line += f"  {ratio:11.2f}"
         print(line)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(medians, indent=1) + "\n", encoding="utf-8")
