@@ -122,7 +122,10 @@ def _verdict(plans: list[Plan]) -> str:
     others = [row for row in plans if (row.stages == 1) != (best.stages == 1) and row.fits]
     kinds = ("a pipeline", "data parallelism alone")
     what, other = kinds[best.stages == 1], kinds[best.stages != 1]
-    text = f"best: {what}, --stages {best.stages} --microbatch-size {best.microbatch}"
+    text = (
+        f"best: {what}, --stages {best.stages} --microbatch-size {best.microbatch} "
+        f"--reduction {best.reduction}"
+    )
     if best.stages > 1:
         text += f" --schedule {best.schedule} --placement {best.placement}"
     if others:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from deepmim_scale.plan.schedule import (
     Instruction,
     Kind,
+    Payload,
     Pipeline,
     Style,
     Times,
     needs,
     stage_kinds,
 )
+
+Work = tuple[Kind, int]
+"""What a stage does to every micro-batch: kind and stage."""
 
 
 @dataclass(frozen=True)
@@ -42,66 +46,52 @@ def list_order(
     Each stage takes the micro-batches of a kind in their order, so sums of gradients do not depend
     on the policy. Ties go to the older micro-batch, then to the deeper stage.
     """
-    rank_of = [pipeline.rank_of(stage) for stage in range(pipeline.num_stages)]
     urgency = {kind: index for index, kind in enumerate(policy.priority)}
-    queues: list[list[tuple[Kind, int]]] = [[] for _ in range(pipeline.num_ranks)]
-    for stage in range(pipeline.num_stages):
-        queues[rank_of[stage]] += [(kind, stage) for kind in stage_kinds(pipeline, stage, style)]
-    following = {(kind, stage): 0 for queue in queues for kind, stage in queue}
-    opens: Kind = "decoder" if style.fused else "decoder_forward"
-    closes: dict[Kind, Kind] = {
-        "forward": "encoder_weight_gradient" if style.split else "encoder_backward",
-        opens: "decoder_weight_gradient" if style.split else "decoder_backward",
+    queues: list[list[Work]] = [
+        [
+            (kind, stage)
+            for stage in pipeline.stages_of(rank)
+            for kind in stage_kinds(pipeline, stage, style)
+        ]
+        for rank in range(pipeline.num_ranks)
+    ]
+    # The same for every micro-batch: what a kind relies on, with the time that its message takes.
+    sources: dict[Work, list[tuple[Work, float]]] = {
+        (kind, stage): [
+            ((source.kind, source.stage), _transfer(pipeline, times, source, payload, stage))
+            for source, payload in needs(pipeline, Instruction(kind, stage, 0), style)
+        ]
+        for queue in queues
+        for kind, stage in queue
     }
-    if style.fused and not style.split:
-        del closes[opens]  # opens and closes within one instruction
-    limits = {
-        (kind, stage): policy.in_flight[stage] if kind == "forward" else policy.open_decoders
-        for kind, stage in following
-        if kind in closes
-    }
-
-    ends: dict[Instruction, float] = {}
+    limits = _limits(policy, style, list(sources))
+    ends: dict[Work, list[float]] = {work: [] for work in sources}
     free = [0.0] * pipeline.num_ranks
     orders: list[list[Instruction]] = [[] for _ in range(pipeline.num_ranks)]
     moments = [0.0]
-    waiting: dict[tuple[Kind, int], tuple[int, list[tuple[Instruction, float]]]] = {}
 
-    def requirements(kind: Kind, stage: int) -> list[tuple[Instruction, float]]:
-        """Of the next micro-batch, each with the time that its message takes."""
-        microbatch = following[kind, stage]
-        known = waiting.get((kind, stage))
-        if known is None or known[0] != microbatch:
-            found = [
-                (source, times.transfer.get((payload, source.stage), 0.0)
-                 if payload and rank_of[source.stage] != rank_of[stage] else 0.0)
-                for source, payload in needs(pipeline, Instruction(kind, stage, microbatch), style)
-            ]  # fmt: skip
-            waiting[kind, stage] = known = (microbatch, found)
-        return known[1]
-
-    def candidates(rank: int) -> list[tuple[float, tuple[int, int, int], Instruction]]:
-        """(ready time, urgency, instruction) of what may run next, ready or soon to be."""
+    def candidates(rank: int) -> list[tuple[float, tuple[int, int, int], Work]]:
+        """(ready time, urgency, work) of what may run next, ready or soon to be."""
         found = []
-        for kind, stage in queues[rank]:
-            microbatch = following[kind, stage]
+        for work in queues[rank]:
+            microbatch = len(ends[work])
             if microbatch == num_microbatches:
                 continue
-            limit = limits.get((kind, stage))
-            if limit is not None and microbatch - following[closes[kind], stage] >= limit:
-                continue
+            if work in limits:
+                release, limit = limits[work]
+                if microbatch - len(ends[release]) >= limit:
+                    continue
             ready = 0.0
-            for source, seconds in requirements(kind, stage):
-                if source not in ends:
+            for source, seconds in sources[work]:
+                if len(ends[source]) <= microbatch:
                     break
-                ready = max(ready, ends[source] + seconds)
+                ready = max(ready, ends[source][microbatch] + seconds)
             else:
-                key = (urgency[kind], microbatch, -stage)
-                found.append((ready, key, Instruction(kind, stage, microbatch)))
+                found.append((ready, (urgency[work[0]], microbatch, -work[1]), work))
         return found
 
-    total = num_microbatches * len(following)
-    while len(ends) < total:
+    remaining = num_microbatches * len(sources)
+    while remaining:
         now = heapq.heappop(moments)
         while moments and moments[0] <= now:
             heapq.heappop(moments)
@@ -115,13 +105,36 @@ def list_order(
                     heapq.heappush(moments, moment)
             if not ready:
                 continue
-            _, key, step = min(ready, key=lambda entry: entry[1])
+            _, key, work = min(ready, key=lambda entry: entry[1])
+            step = Instruction(*work, microbatch=len(ends[work]))
             horizon = now + policy.patience * times.of(step)
             if any(now < entry[0] < horizon and entry[1][0] < key[0] for entry in found):
                 continue
-            ends[step] = free[rank] = now + times.of(step)
-            following[step.kind, step.stage] += 1
+            free[rank] = now + times.of(step)
+            ends[work].append(free[rank])
             orders[rank].append(step)
+            remaining -= 1
             heapq.heappush(moments, free[rank])
-        assert moments or len(ends) == total, f"no instruction is ready under {policy}"
+        assert moments or not remaining, f"no instruction is ready under {policy}"
     return orders
+
+
+def _transfer(
+    pipeline: Pipeline, times: Times, source: Instruction, payload: Payload | None, stage: int
+) -> float:
+    if payload is None or pipeline.rank_of(source.stage) == pipeline.rank_of(stage):
+        return 0.0
+    return times.transfer.get((payload, source.stage), 0.0)
+
+
+def _limits(policy: Policy, style: Style, works: list[Work]) -> dict[Work, tuple[Work, int]]:
+    """For work that takes memory: the work that releases it, and how many may be open."""
+    encoder: Kind = "encoder_weight_gradient" if style.split else "encoder_backward"
+    decoder: Kind = "decoder_weight_gradient" if style.split else "decoder_backward"
+    limits: dict[Work, tuple[Work, int]] = {}
+    for kind, stage in works:
+        if kind == "forward":
+            limits[kind, stage] = (encoder, stage), policy.in_flight[stage]
+        elif kind == "decoder_forward" or (kind == "decoder" and style.split):
+            limits[kind, stage] = (decoder, stage), policy.open_decoders
+    return limits
