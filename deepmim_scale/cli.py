@@ -11,6 +11,9 @@ from deepmim_scale.config import ConfigError
 
 # words: (module, class of its arguments, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "plan": ("plan.commands", "PlanArguments", "plan", "predict every way to run on a cluster"),
+    "schedule": ("plan.commands", "ScheduleArguments", "schedule",
+                 "build, simulate and draw a step's schedule"),
     "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
     "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
     "evaluate digits": ("evaluate.commands", "DigitsArguments", "run_digits",

@@ -215,6 +215,20 @@ class RunConfig(Frozen):
     """Largest global gradient norm; 0 clips nothing, as in the papers."""
     optimizer: Literal["adamw", "apex"] = "adamw"
     """torch's AdamW (fused on a GPU), or NVIDIA apex's FusedAdam where it is installed."""
+    stages: int = 1
+    """P, pipeline stages as ranks; the rest of the processes are replicas."""
+    schedule: Literal["gpipe", "1f1b", "dib", "dib_w"] = "dib"
+    """Order of work; dib runs decoders while a stage would wait, dib_w weight gradients too."""
+    placement: Literal["linear", "v"] = "linear"
+    """v: rank r holds stages r and 2P - 1 - r, so that MIRL's pairs stay on one device."""
+    layout: str = ""
+    """Stages as 6d|2d|2d|2d: blocks, and d for a decoder (default: the fastest cut)."""
+    gradient_flow: Literal["full", "local"] = "full"
+    """local: no gradient crosses a stage boundary; a different algorithm."""
+    recompute: Literal["none", "encoder", "all"] = "none"
+    """Keep inputs only of encoder blocks (all: and of decoders) and run them again: exact."""
+    timeout: float = 600.0
+    """Longest wait for another process, s."""
     reduction: Literal["coalesced", "per_microbatch"] = "coalesced"
     """Reduce gradients once per step (they stay full until then), or after every micro-batch."""
     loader: Literal["auto", "torch", "dali"] = "auto"
@@ -238,8 +252,8 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for key in ("microbatch_size", "loader_threads", "save_every", "keep_checkpoints",
-                    "print_every", "epochs", "eps"):  # fmt: skip
+        for key in ("stages", "timeout", "microbatch_size", "loader_threads", "save_every",
+                    "keep_checkpoints", "print_every", "epochs", "eps"):  # fmt: skip
             _require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         for key in ("steps", "microbatches", "global_batch"):
             value = getattr(self, key)

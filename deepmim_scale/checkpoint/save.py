@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.models.stage import Stage
 from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.stages import global_parameters
 
 
 def save_checkpoint(
@@ -23,7 +24,9 @@ def save_checkpoint(
     dist.barrier()
     if replica == 0:
         part = files.part_folder(final)
-        weights = {name: tensor.cpu() for name, tensor in _weights(engine.module).items()}
+        # Decoders of one stage share their frozen position table: it is stored once.
+        parameters = global_parameters(engine.module).items()
+        weights = {name: parameter.detach().cpu() for name, parameter in parameters}
         files.write_tensors(part / f"weights_stage{stage:02d}.safetensors", weights)
         files.write_tensors(part / f"optimizer_stage{stage:02d}.safetensors", moments)
     dist.barrier()
@@ -34,17 +37,12 @@ def save_checkpoint(
     return final
 
 
-def _weights(module: Any) -> dict[str, Any]:
-    # Decoders of one stage share their frozen position table: it is stored once.
-    return {name: parameter.data for name, parameter in module.named_parameters()}
-
-
-def load_weights(folder: Path, module: Stage) -> None:
-    """Copy a checkpoint's weights into a stage or a whole model, before its engine is built.
+def load_weights(folder: Path, module: nn.Module) -> None:
+    """Copy a checkpoint's weights into stages or a whole model, before their engine is built.
 
     ValueError names a weight that the checkpoint does not have or whose shape differs.
     """
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in global_parameters(module).items() if p.requires_grad}
     tensors = files.read_tensors(folder, "weights", parameters)
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
@@ -55,7 +53,7 @@ def load_weights(folder: Path, module: Stage) -> None:
 
 def load_optimizer(folder: Path, engine: zero.Engine) -> None:
     """Restore AdamW's state and the loss scale into a fresh engine of any replica count."""
-    names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+    names = [n for n, p in global_parameters(engine.module).items() if p.requires_grad]
     keys = [f"{moment}/{name}" for name in names for moment in zero.MOMENTS]
     state = files.read_state(folder)
     moments = files.read_tensors(folder, "optimizer", keys)

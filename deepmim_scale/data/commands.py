@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -82,5 +83,8 @@ def run_verify(args: VerifyArgs) -> None:
 def _split_folders(data: str) -> list[Path]:
     from deepmim_scale.data.manifest import find_split
 
-    folders = (find_split(data, split) for split in ("train", "val"))
-    return [folder for folder in folders if folder]
+    folders = [folder for split in ("train", "val") if (folder := find_split(data, split))]
+    for folder in folders:
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"dir={folder}: is not writable, results are kept beside the images")
+    return folders

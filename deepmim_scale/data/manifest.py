@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -176,17 +177,21 @@ def read_quarantine(root: Path) -> set[str]:
 
 
 def _load(root: Path, saved: Path) -> Manifest:
-    with np.load(saved) as arrays:
-        text = json.loads(str(arrays["text"]))
-        manifest = Manifest(
-            str(root), tuple(text["names"]), arrays["labels"], tuple(text["classes"]),
-            arrays["heights"], arrays["widths"], arrays["num_bytes"], tuple(text["notes"]),
-        )  # fmt: skip
+    again = f"run `deepmim-scale data scan {root}` again"
+    try:
+        with np.load(saved) as arrays:
+            text = json.loads(str(arrays["text"]))
+            manifest = Manifest(
+                str(root), tuple(text["names"]), arrays["labels"], tuple(text["classes"]),
+                arrays["heights"], arrays["widths"], arrays["num_bytes"], tuple(text["notes"]),
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"data={root}: {MANIFEST_NAME} cannot be read; {again}") from error
     listing, _ = list_images(root)
     if listing_sha(listing) != manifest.sha:
         raise ConfigError(
             f"data={root}: {MANIFEST_NAME} is stale ({len(manifest)} images listed, "
-            f"{len(listing)} there, or sizes changed); run `deepmim-scale data scan {root}` again"
+            f"{len(listing)} there, or sizes changed); {again}"
         )
     return manifest
 

@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from deepmim_scale.data.backend import BadImage, Rows
 
+EXIF_WITHIN = 4096  # bytes from the start of the file
+
 Read = Callable[[str], np.ndarray]
 
 
@@ -27,7 +29,7 @@ def jpeg_decoder() -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
     try:
         from torchcodec.decoders import decode_jpeg
 
-        return "torchcodec", functools.partial(decode_jpeg, mode="RGB")
+        return "torchcodec", lambda data: decode_jpeg(_without_exif(data), mode="RGB")
     except (ImportError, RuntimeError):  # RuntimeError: built for another torch
         pass
     try:
@@ -145,6 +147,14 @@ def _pil_rgb(data: np.ndarray) -> np.ndarray:
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(gray[:, :, None], 3, axis=2)
         return np.array(image.convert("RGB"))
+
+
+def _without_exif(data: torch.Tensor) -> torch.Tensor:
+    """torchcodec turns images by their EXIF tag and cannot be told not to: clear its header."""
+    place = data[:EXIF_WITHIN].numpy().tobytes().find(b"Exif\0\0")
+    if place >= 0:
+        data[place + 6 : place + 14] = 0  # byte order, magic number, offset
+    return data
 
 
 def _reason(error: Exception) -> str:

@@ -16,6 +16,8 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from deepmim_scale.models.weight_queue import linear
+
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -51,10 +53,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def queried_attention(attn: nn.Module, x: Tensor, queries: Tensor) -> Tensor:
     """timm's self-attention for `queries` [B, M, D] only, with keys and values from x [B, N, D]."""
     dim = x.shape[-1]
-    weight_q, weight_kv = attn.qkv.weight.split([dim, 2 * dim])
-    bias_q, bias_kv = attn.qkv.bias.split([dim, 2 * dim])
-    q = F.linear(queries, weight_q, bias_q)
-    k, v = F.linear(x, weight_kv, bias_kv).chunk(2, dim=-1)
+    q = linear(attn.qkv, queries, slice(0, dim))
+    k, v = linear(attn.qkv, x, slice(dim, 3 * dim)).chunk(2, dim=-1)
     q, k, v = (_heads(t, attn.num_heads) for t in (q, k, v))
     return attn.proj(_attend(q, k, v))
 

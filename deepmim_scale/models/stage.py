@@ -8,10 +8,13 @@ stage that holds every block. Legend: B images, L patches, K visible patches, D 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.models.blocks import LayerNorm, gather_tokens, position_table, transformer_block
@@ -24,6 +27,7 @@ State = tuple[Tensor, ...]
 # (decoder's name, its input tensors) -> the tensors with which the encoder goes on
 TapFunction = Callable[[str, State], State]
 Criterion = Callable[[Tensor], Tensor]
+Recompute = Literal["none", "encoder", "all"]
 
 
 def decoder_names(config: ModelConfig) -> dict[int, str]:
@@ -48,11 +52,17 @@ def loss_weight(config: ModelConfig) -> float:
 
 
 class Stage(nn.Module):
-    """Blocks `first` to `last` (from 1, inclusive), their decoders, and the ends of the encoder."""
+    """Blocks `first` to `last` (from 1, inclusive), their decoders, and the ends of the encoder.
 
-    def __init__(self, config: ModelConfig, first: int, last: int) -> None:
+    `recompute` (activation checkpointing) keeps only the inputs of each encoder block, or also
+    those of each decoder, and runs them again in the backward pass: exact, slower, less memory.
+    """
+
+    def __init__(
+        self, config: ModelConfig, first: int, last: int, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         is_first, is_last = first == 1, last == config.depth
         if is_first:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
@@ -99,7 +109,7 @@ class Stage(nn.Module):
         """Run this stage's blocks; `tap` is called with each decoder's name and input."""
         hidden, *carries = state
         for index, block in self.blocks.items():
-            hidden = block(hidden)
+            hidden = self._run(block, hidden, again=self.recompute != "none")
             number = int(index) + 1
             name = self.decoder_names.get(number)
             if number == self.config.depth:
@@ -111,6 +121,16 @@ class Stage(nn.Module):
             else:
                 (hidden,) = tap(name, (hidden,))
         return hidden, *carries
+
+    def decode(self, name: str, tensors: State, masking: Masking) -> Tensor:
+        """Predictions [B, L-K, P] of the masked patches by decoder `name` from its input."""
+        decode = partial(self.decoders[name], masking=masking)
+        return self._run(decode, *tensors, again=self.recompute == "all")
+
+    def _run(self, function: Callable[..., Tensor], *tensors: Tensor, again: bool) -> Tensor:
+        if again and torch.is_grad_enabled():
+            return checkpoint(function, *tensors, use_reentrant=False)
+        return function(*tensors)
 
     def criterion(self, images: Tensor, masking: Masking, teacher: Tensor | None) -> Criterion:
         """The loss of a prediction [B, L-K, P] of the masked patches.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deepmim_scale.config import ConfigError
 from deepmim_scale.ds_config import Precision, precision_of
+from deepmim_scale.parallel.stages import global_parameters
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -155,21 +156,22 @@ def reduced_step(
     assert calls == num_calls, f"{calls} backward calls in a step of {num_calls}"
 
 
-def gradient_norms(engine: Engine, owner: Callable[[str], str]) -> dict[str, Tensor]:
+def gradient_norms(
+    engine: Engine, owners: list[str], owner: Callable[[str], str]
+) -> dict[str, Tensor]:
     """Norm of the reduced gradient of each owner's parameters, between reduction and step.
 
-    `owner` maps a parameter's name to the name under which its norm is reported.
+    `owner` maps a parameter's global name to one of `owners`, which is the same list on all ranks.
     """
-    names = {id(p): owner(name) for name, p in engine.module.named_parameters()}
-    owners = sorted(set(names.values()))
+    names = {id(p): owners.index(owner(n)) for n, p in global_parameters(engine.module).items()}
     squares = torch.zeros(len(owners), device=engine.device)
     optimizer = engine.optimizer
     for group, params in enumerate(optimizer.params_in_partition):
         gradients = optimizer.averaged_gradients[group]
         pieces = [g for g in gradients if not getattr(g, "_zero_padding", False)]
         for gradient, parameter in zip(pieces, params, strict=False):
-            squares[owners.index(names[id(parameter)])] += gradient.float().square().sum()
-    dist.all_reduce(squares, group=optimizer.dp_process_group)
+            squares[names[id(parameter)]] += gradient.float().square().sum()
+    dist.all_reduce(squares)  # every rank holds another part of the gradient
     norms = squares.sqrt() / optimizer.loss_scale
     return dict(zip(owners, norms.unbind(), strict=True))
 
@@ -192,7 +194,7 @@ def loss_scale(engine: Engine) -> float:
 
 
 def _trainable(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in global_parameters(engine.module).items():
         if parameter.requires_grad:
             yield name, parameter
 

@@ -12,14 +12,15 @@ import tyro
 
 from deepmim_scale.config import ConfigError, Frozen, ModelConfig, validated
 from deepmim_scale.plan.draw import draw_gantt, write_trace
-from deepmim_scale.plan.estimate import layout_of, memory_of, pipeline_of, times_of
+from deepmim_scale.plan.estimate import memory_of, pipeline_of, times_of
 from deepmim_scale.plan.generate import Built, build
 from deepmim_scale.plan.hardware import GPUS, NETWORKS
 from deepmim_scale.plan.legal import check_combination
-from deepmim_scale.plan.partition import format_layout, parse_layout
+from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans
 from deepmim_scale.plan.planner import to_json as plans_to_json
 from deepmim_scale.plan.schedule import Name, Placement, to_json
+from deepmim_scale.plan.training import choose_layout
 from deepmim_scale.presets import load_preset
 
 Value = TypeVar("Value")
@@ -145,15 +146,7 @@ def schedule(args: ScheduleArguments) -> None:
     check_combination(
         model, args.stages, "1f1b" if args.schedule == "zb_h1" else args.schedule, args.placement
     )
-    layout = layout_of(model, args.stages, args.placement)
-    if args.layout:
-        needed = len(layout)
-        layout = parse_layout(args.layout, model)
-        if len(layout) != needed:
-            raise ConfigError(
-                f"layout={args.layout}: has {len(layout)} stages, but stages={args.stages} with "
-                f"placement={args.placement} needs {needed}; change one of them"
-            )
+    layout = choose_layout(model, args.stages, args.placement, args.layout)
     pipeline = pipeline_of(model, layout, args.placement)
     gpu = _known("gpu", args.gpu, GPUS)
     images = args.microbatch_size or config.microbatch_size

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from deepmim_scale.arguments import difference, is_speaker, parse_run, run_command
 from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.plan.training import TrainingPlan, training_plan
 
 
 def _speaks() -> bool:
@@ -33,7 +34,13 @@ def pretrain(config: RunConfig) -> None:
     from deepmim_scale.train.run_folder import check_output
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = resolve_batch(config, num_replicas=world)
+    if world % config.stages:
+        raise ConfigError(
+            f"stages={config.stages}: must divide the {world} processes; "
+            "change --stages or the launcher's number of processes"
+        )
+    batch = resolve_batch(config, num_replicas=world // config.stages)
+    pipeline = training_plan(config, batch.microbatches)
     config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     ours = check_output(config)
@@ -43,7 +50,7 @@ def pretrain(config: RunConfig) -> None:
     assert train_folder is not None, "find_split raises where there is no training folder"
     train = open_manifest(train_folder)
     held_out = open_manifest(held_out_folder) if held_out_folder else None
-    plan = SamplePlan(len(train), config.seed, batch.global_batch)
+    samples = SamplePlan(len(train), config.seed, batch.global_batch)
 
     import torch
 
@@ -67,8 +74,10 @@ def pretrain(config: RunConfig) -> None:
         rate = config.blr * batch.global_batch / 256
         print(f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 "
               f"= {_scientific(rate)}", flush=True)  # fmt: skip
-    device = zero.init_processes()
-    task = Task(config, ds_config, batch, plan, train, held_out, may_resume=ours)
+        if config.stages > 1:
+            print(_describe(pipeline, config, batch.microbatches), flush=True)
+    device = zero.init_processes(config.timeout)
+    task = Task(config, ds_config, batch, samples, pipeline, train, held_out, ours)
     try:
         trainer = Trainer(task, device)
         say = trainer.progress.say
@@ -77,13 +86,24 @@ def pretrain(config: RunConfig) -> None:
             return
         if trainer.checkpoint is not None:
             say(f"resuming after step {trainer.step} from {trainer.checkpoint}")
-        warmup_steps = config.warmup_epochs * plan.steps_per_epoch
+        warmup_steps = config.warmup_epochs * samples.steps_per_epoch
         if trainer.total_steps < warmup_steps:
             say(f"warning: all {trainer.total_steps} steps lie in the warm-up of {warmup_steps:g}")
         trainer.run()
         say(f"done: {trainer.step} steps, results in {config.output}")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _describe(pipeline: TrainingPlan, config: RunConfig, microbatches: int) -> str:
+    idle = pipeline.built.timeline.idle_fraction
+    text = (
+        f"pipeline: {config.stages} stages {pipeline.text}, {config.schedule}, {config.placement}, "
+        f"{microbatches} micro-batches; simulated idle share {idle:.1%}"
+    )
+    if microbatches < config.stages:
+        text += "\nwarning: fewer micro-batches than stages leave ranks idle; raise --microbatches"
+    return text
 
 
 def _default_ds_config() -> str:

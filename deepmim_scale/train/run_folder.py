@@ -13,7 +13,8 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # Changing these does not change what is trained.
 _FREE = frozenset(
-    {"preset", "data", "output", "microbatch_size", "microbatches", "loader", "loader_threads",
+    {"preset", "data", "output", "microbatch_size", "microbatches", "stages", "schedule",
+     "placement", "layout", "recompute", "reduction", "timeout", "loader", "loader_threads",
      "validate_every", "save_every", "keep_checkpoints", "print_every", "resume", "profile"}
 )  # fmt: skip
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import load_optimizer, load_weights, save_checkpoint
@@ -23,9 +22,13 @@ from deepmim_scale.data.feed import Batch, build_feed, iter_validation
 from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.ds_config import BatchSizes, precision_of
-from deepmim_scale.models import Model, build_model, local_backward
-from deepmim_scale.models.stage import loss_members
+from deepmim_scale.models.stage import decoder_names, loss_members, loss_weight
+from deepmim_scale.models.weight_queue import split_weight_gradients
 from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.executor import Executor, MicroBatch
+from deepmim_scale.parallel.p2p import Channels
+from deepmim_scale.parallel.stages import build_rank
+from deepmim_scale.plan.training import TrainingPlan
 from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
@@ -43,7 +46,8 @@ class Task:
     config: RunConfig
     ds_config: dict[str, Any]
     batch: BatchSizes
-    plan: SamplePlan
+    samples: SamplePlan
+    pipeline: TrainingPlan
     train: Manifest
     held_out: Manifest | None
     may_resume: bool
@@ -55,27 +59,48 @@ class Trainer:
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task, self.device = task, device
-        self.config, self.precision = task.config, precision_of(task.ds_config)
-        config = self.config
-        self.grid = zero.build_grid(num_stages=1)
+        self.config, self.samples = task.config, task.samples
+        self.precision = precision_of(task.ds_config)
+        config, schedule = self.config, task.pipeline.built.schedule
+        self.grid = zero.build_grid(config.stages)
+        self.rank = self.grid.get_stage_id()
         self.replica = self.grid.get_data_parallel_rank()
-        self.plan = task.plan
-        self.total_steps = num_steps(config, self.plan.steps_per_epoch)
+        self.total_steps = num_steps(config, self.samples.steps_per_epoch)
         self.progress = Progress(speaks=dist.get_rank() == 0)
         self.checkpoint = self._find_checkpoint()
         self.step = self.updates = 0
-        self.model: Model = build_model(config.model, seed=config.seed)
+        stages = build_rank(
+            config.model,
+            task.pipeline.layout,
+            schedule.pipeline,
+            self.rank,
+            seed=config.seed,
+            recompute=config.recompute,
+        )
+        if schedule.style.split:
+            split_weight_gradients(stages)
         if self.checkpoint is not None:
-            load_weights(self.checkpoint, self.model)
-        self.model.to(device)
+            load_weights(self.checkpoint, stages)
+        stages.to(device)
         optimizer = zero.build_optimizer(
             config.optimizer,
-            parameter_groups(self.model, config.weight_decay),
+            parameter_groups(stages, config.weight_decay),
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             device=device,
         )
-        self.engine = zero.build_engine(self.model, optimizer, task.ds_config, self.grid)
+        self.engine = zero.build_engine(stages, optimizer, task.ds_config, self.grid)
+        self.channels = Channels(schedule.pipeline, self.grid.pp_group, device, config.timeout)
+        self.executor = Executor(
+            schedule,
+            self.rank,
+            stages,
+            self.channels,
+            config.model,
+            task.pipeline.layout,
+            precision=self.precision,
+            device=device,
+        )
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, self.engine)
             state = files.read_state(self.checkpoint)
@@ -115,7 +140,7 @@ class Trainer:
         feed = build_feed(
             config,
             self.task.train,
-            self.plan,
+            self.samples,
             replica=self.replica,
             num_replicas=self.task.batch.num_replicas,
             num_microbatches=self.task.batch.microbatches,
@@ -148,35 +173,35 @@ class Trainer:
     def _train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
         began = time.perf_counter()
         config, names = self.config, list(loss_members(self.config.model))
-        epoch = self.step / self.plan.steps_per_epoch
+        epoch = self.step / self.samples.steps_per_epoch
         rate = learning_rate(
             peak_learning_rate(config, self.task.batch.global_batch),
             epoch,
             warmup_epochs=config.warmup_epochs,
-            total_epochs=self.total_steps / self.plan.steps_per_epoch,
+            total_epochs=self.total_steps / self.samples.steps_per_epoch,
         )
-        sums = torch.zeros(len(names) + 1, device=self.device)
-        calls = len(batches) * (len(names) + 1)
+        microbatches = [self._micro_batch(batch) for batch in batches]
+        calls = self.executor.num_backward_calls
         with zero.reduced_step(self.engine, config.reduction, calls) as backward:
-            for batch in batches:
-                with zero.autocast(self.precision, self.device):
-                    out = local_backward(self.model, **self._inputs(batch), backward=backward)
-                sums += torch.stack([*out.losses.values(), out.loss]).float()
-        norms = zero.gradient_norms(self.engine, gradient_owner)
+            sums = self.executor.train(microbatches, backward)
+        owners = ["encoder", *decoder_names(config.model).values()]
+        norms = zero.gradient_norms(self.engine, owners, gradient_owner)
         norm, applied = zero.apply_step(self.engine, rate)
         self.step += 1
         self.updates += applied
-        *losses, loss, memory = zip(
-            *self._gather([*(sums / len(batches)).tolist(), peak_memory_gib(self.device)]),
-            strict=True,
-        )
+        # A loss is known on the rank that evaluates it; elsewhere it counts as 0.
+        mine = [float(sums.get(name, 0.0)) / len(batches) for name in names]
+        everyone = self._gather([*mine, peak_memory_gib(self.device), self.executor.busy_seconds])
+        replicas = self.task.batch.num_replicas
+        *by_loss, memory, busy = map(list, zip(*everyone, strict=True))
+        losses = {n: sum(x) / replicas for n, x in zip(names, by_loss, strict=True)}
         seconds = time.perf_counter() - began + wait_seconds
         world = dist.get_world_size()
         row = {
             "step": self.step,
             "epoch": epoch,
-            "loss": sum(loss) / world,
-            "losses": {n: sum(x) / world for n, x in zip(names, losses, strict=True)},
+            "loss": sum(losses.values()) * loss_weight(config.model),
+            "losses": losses,
             "grad_norm": norm,
             "grad_norms": {name: float(value) for name, value in norms.items()},
             "learning_rate": rate,
@@ -184,15 +209,15 @@ class Trainer:
             "skipped": not applied,
             "seconds": seconds,
             **throughput(config.model, self.task.batch.global_batch, seconds, world, self.device),
-            "peak_memory_gib": list(memory),
+            "peak_memory_gib": memory,
+            "idle_fraction": [1 - spent / self.executor.step_seconds for spent in busy],
             "loader_wait_ms": wait_seconds * 1e3,
         }
         return row, applied
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
         images = batch.images.to(self.device, non_blocking=True)
-        noise = batch.noise.to(self.device, non_blocking=True)
-        return {"images": normalise(images), "noise": noise}
+        return MicroBatch(normalise(images), batch.noise.to(self.device, non_blocking=True))
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -201,35 +226,27 @@ class Trainer:
         return [numbers.tolist() for numbers in everyone]
 
     def _validates_after(self, step: int) -> bool:
-        every = self.config.validate_every * self.plan.steps_per_epoch
+        every = self.config.validate_every * self.samples.steps_per_epoch
         if self.task.held_out is None or every == 0:
             return False
         return self.finished or int(step / every) > int((step - 1) / every)
 
-    @torch.no_grad()
     def validate(self) -> dict[str, Any]:
         """Held-out losses under fixed masks, as row entries."""
-        held_out = self.task.held_out
+        held_out, replicas = self.task.held_out, self.task.batch.num_replicas
         assert held_out is not None, "validation needs held-out images"
         names = list(loss_members(self.config.model))
-        sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for batch in iter_validation(
-            self.config,
-            held_out,
-            replica=self.replica,
-            num_replicas=self.task.batch.num_replicas,
+            self.config, held_out, replica=self.replica, num_replicas=replicas
         ):
-            with zero.autocast(self.precision, self.device):
-                out = self.model(**self._inputs(batch))
-            size = len(batch.images)
-            values = torch.stack([*out.losses.values(), out.loss]).double()
-            sums += torch.cat([values * size, values.new_tensor([size])])
+            found = self.executor.evaluate(self._micro_batch(batch))
+            for index, name in enumerate(names):
+                sums[index] += float(found.get(name, 0.0)) * len(batch.images)
         dist.all_reduce(sums)
-        *losses, loss = (sums[:-1] / sums[-1]).tolist()
-        return {
-            "validation_loss": loss,
-            "validation_losses": dict(zip(names, losses, strict=True)),
-        }
+        losses = dict(zip(names, (sums / len(held_out)).tolist(), strict=True))
+        total = sum(losses.values()) * loss_weight(self.config.model)
+        return {"validation_loss": total, "validation_losses": losses}
 
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the oldest ones."""
@@ -238,11 +255,16 @@ class Trainer:
             "total_steps": self.total_steps,
             "global_batch": self.task.batch.global_batch,
             "manifest_sha": self.task.train.sha,
-            "num_stages": 1,
+            "num_stages": self.config.stages,
         }
         config = self.config
         save_checkpoint(
-            config.output, self.step, self.engine, stage=0, replica=self.replica, state=state
+            config.output,
+            self.step,
+            self.engine,
+            stage=self.rank,
+            replica=self.replica,
+            state=state,
         )
         if dist.get_rank() == 0:
             files.prune(config.output, config.keep_checkpoints)

@@ -26,6 +26,7 @@ from deepmim_scale.train.trainer import gradient_owner
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 3
+OWNERS = ["encoder", "block03", "block06", "block09", "block12"]
 LEARNING_RATE = 1e-2
 # Attention's key bias has no gradient: with a tiny epsilon AdamW would turn rounding into steps.
 EPS = 1e-4
@@ -138,7 +139,7 @@ def check_equals_one_process(grid: Any) -> dict[str, Any]:
         for step in range(3):
             one_step(model, engine, step, 2, reduction, joint=False)
             if step == 0:
-                found = zero.gradient_norms(engine, gradient_owner)
+                found = zero.gradient_norms(engine, OWNERS, gradient_owner)
                 owners = {name: float(value) for name, value in found.items()}
             norms.append(zero.apply_step(engine, LEARNING_RATE)[0])
         reference, expected, expected_owners = reference_run(2, 3, clip=0.5)

@@ -1,0 +1,107 @@
+"""Linear layers whose backward leaves the weight gradient for later (zero-bubble schedules).
+
+The gradient with respect to the input is what other stages wait for; the one with respect to the
+weight can run at any time before the optimizer does. Legend: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+class WeightQueue:
+    """Where backward passes put their weight gradients; `run` adds them to `.grad` in order."""
+
+    def __init__(self) -> None:
+        self.pending: list[Callable[[], None]] = []
+
+    def run(self) -> None:
+        """Compute everything that waits."""
+        for compute in self.pending:
+            compute()
+        self.pending = []
+
+
+# The queue that backward passes now use; None: weight gradients are computed at once.
+_current: list[WeightQueue | None] = [None]
+
+
+class filled:
+    """Context: backward passes inside put weight gradients of Linear layers into `queue`."""
+
+    def __init__(self, queue: WeightQueue | None) -> None:
+        self.queue = queue
+
+    def __enter__(self) -> None:
+        self.before, _current[0] = _current[0], self.queue
+
+    def __exit__(self, *_: Any) -> None:
+        _current[0] = self.before
+
+
+class _QueuedLinear(Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, owner: nn.Linear, rows: slice
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.owner, ctx.rows = owner, rows
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        owner, rows = ctx.owner, ctx.rows
+        flat = grad.flatten(0, -2)
+
+        def accumulate() -> None:
+            with torch.no_grad():
+                _add_rows(owner.weight, rows, flat.t().mm(x.flatten(0, -2)))
+                _add_rows(owner.bias, rows, flat.sum(0))
+
+        queue = _current[0]
+        assert queue is not None, "a split backward pass needs a queue"
+        queue.pending.append(accumulate)
+        return flat.mm(weight).view(x.shape), None, None, None, None
+
+
+def _add_rows(parameter: nn.Parameter, rows: slice, gradient: Tensor) -> None:
+    gradient = gradient.to(parameter.dtype)
+    whole = gradient.shape == parameter.shape
+    if parameter.grad is None:
+        parameter.grad = gradient if whole else torch.zeros_like(parameter)
+        if whole:
+            return
+    parameter.grad[rows] += gradient
+
+
+def linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
+    """`layer(x)`, or its outputs `rows` alone: [.., I] -> [.., O]; queued inside `filled`."""
+    weight, bias = layer.weight[rows], layer.bias[rows]
+    if _current[0] is None:
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    return _QueuedLinear.apply(x, weight.detach(), bias.detach(), layer, rows)
+
+
+class SplitLinear(nn.Linear):
+    """A Linear that can leave its weight gradient to a queue."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., I] -> [.., O]."""
+        return linear(self, x)
+
+
+def split_weight_gradients(module: nn.Module) -> None:
+    """Make every plain Linear inside `module` a SplitLinear (names and weights stay)."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = SplitLinear

@@ -1,0 +1,318 @@
+"""Runs one rank's list of instructions (plan/schedule.py) over real stages and messages.
+
+What an instruction computes for other instructions lies in `mail`, keyed by message: `send` posts
+it, `receive` fills it, and stages of the same rank find it there without either.
+Legend: M micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.ds_config import Precision
+from deepmim_scale.models.masking import masking_from_noise
+from deepmim_scale.models.model import sum_predictions
+from deepmim_scale.models.stage import (
+    Criterion,
+    State,
+    decoder_names,
+    loss_members,
+    loss_weight,
+)
+from deepmim_scale.models.taps import Leaf, detach_tap, seed
+from deepmim_scale.models.weight_queue import WeightQueue, filled
+from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.p2p import Channels
+from deepmim_scale.parallel.stages import RankStages, message_specs
+from deepmim_scale.plan.partition import Layout
+from deepmim_scale.plan.schedule import Instruction, Kind, Message, Payload, Schedule
+
+EVALUATION_KINDS = frozenset({"forward", "decoder", "decoder_forward", "decoder_backward"})
+EVALUATION_PAYLOADS = frozenset({"activation", "prediction"})
+
+
+@dataclass
+class MicroBatch:
+    """What every stage has of a micro-batch: images [B, C, H, W] normalised, noise [B, L]."""
+
+    images: Tensor
+    noise: Tensor
+    teacher: Tensor | None = None
+
+
+@dataclass
+class _Work:
+    """What a stage keeps of a micro-batch between its instructions."""
+
+    inputs: State = ()
+    outputs: State = ()
+    leaves: dict[str, list[Leaf]] = field(default_factory=dict)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    decoder_queue: WeightQueue = field(default_factory=WeightQueue)
+    encoder_queue: WeightQueue = field(default_factory=WeightQueue)
+
+
+class StepFailed(RuntimeError):
+    """An instruction could not be carried out; names rank, stage, micro-batch and instruction."""
+
+
+class Executor:
+    """One rank of a pipeline."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        stages: RankStages,
+        channels: Channels,
+        config: ModelConfig,
+        layout: Layout,
+        *,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self.schedule, self.rank, self.stages, self.channels = schedule, rank, stages, channels
+        self.config, self.layout, self.precision, self.device = config, layout, precision, device
+        self.seconds: list[tuple[Instruction, float, float]] = []
+        """Instructions of the last step with their start and end (host clock, s)."""
+        names = decoder_names(config)
+        self._names = [[names[config.taps[k]] for k in stage.decoders] for stage in layout]
+        self._run: dict[Kind, Callable[[Instruction], None]] = {
+            "forward": self._forward,
+            "decoder": self._decoder,
+            "decoder_forward": self._decoder_forward,
+            "decoder_backward": self._decoder_backward,
+            "encoder_backward": self._encoder_backward,
+            "decoder_weight_gradient": self._decoder_weight_gradient,
+            "encoder_weight_gradient": self._encoder_weight_gradient,
+            "send": self._send,
+            "receive": self._receive,
+            "flush": lambda step: self.channels.finish(),
+        }
+
+    @property
+    def num_backward_calls(self) -> int:
+        """How often one step calls `backward`."""
+        return sum(self._calls(step) for step in self.schedule.ranks[self.rank])
+
+    def _calls(self, step: Instruction) -> int:
+        if step.kind == "encoder_backward":
+            return 1
+        if step.kind == "decoder":
+            return len(self._names[step.stage])
+        if step.kind == "decoder_backward":
+            return 1 if self._is_shallow(step.stage) else len(self._losses_of(step.stage))
+        return 0
+
+    def _is_shallow(self, stage: int) -> bool:
+        """Whether a deeper stage evaluates the losses of this one's predictions."""
+        pipeline = self.schedule.pipeline
+        return pipeline.paired and stage < pipeline.partner(stage)
+
+    def _losses_of(self, stage: int) -> dict[str, tuple[str, ...]]:
+        """The losses that a stage evaluates: those whose deepest decoder it holds."""
+        members = loss_members(self.config)
+        return {name: m for name, m in members.items() if m[-1] in self._names[stage]}
+
+    def train(
+        self, batches: Sequence[MicroBatch], backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """One step over M micro-batches; returns this rank's losses, summed over them.
+
+        `backward` is called with scalars, num_backward_calls times. StepFailed names what failed.
+        """
+        return self._execute(self.schedule.ranks[self.rank], batches, backward)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """This rank's losses of one batch, without gradients; every rank must call it."""
+        steps = [
+            step
+            for step in self.schedule.ranks[self.rank]
+            if step.microbatch == 0
+            and (step.kind in EVALUATION_KINDS or step.payload in EVALUATION_PAYLOADS)
+        ]
+        losses = self._execute(steps, [batch], None)
+        self.channels.finish()
+        return losses
+
+    def _execute(
+        self,
+        steps: Sequence[Instruction],
+        batches: Sequence[MicroBatch],
+        backward: Callable[[Tensor], None] | None,
+    ) -> dict[str, Tensor]:
+        self._backward = backward
+        self._losses: dict[str, Tensor] = {}
+        self._mail: dict[Message, tuple[Tensor, ...]] = {}
+        self._work: dict[tuple[int, int], _Work] = {}
+        self._batches = list(batches)
+        self._masks = [masking_from_noise(b.noise, self.config.num_visible) for b in batches]
+        self._criteria: dict[int, Criterion] = {}
+        self.seconds = []
+        for step in steps:
+            began = time.perf_counter()
+            try:
+                with zero.autocast(self.precision, self.device):
+                    self._run[step.kind](step)
+            except RuntimeError as error:
+                what = f"{step.kind} {step.payload or ''}".strip()
+                peer = "" if step.peer is None else f" (peer: stage {step.peer})"
+                raise StepFailed(
+                    f"rank {torch.distributed.get_rank()}, stage {step.stage}, micro-batch "
+                    f"{step.microbatch}, instruction {what}{peer}: {error}"
+                ) from error
+            self.seconds.append((step, began, time.perf_counter()))
+        return self._losses
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds of the last step in which this rank computed (messages and waits left out)."""
+        return sum(end - start for step, start, end in self.seconds if step.payload is None)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of the last step from its first instruction to its last."""
+        return self.seconds[-1][2] - self.seconds[0][1]
+
+    def _at(self, step: Instruction) -> _Work:
+        return self._work.setdefault((step.stage, step.microbatch), _Work())
+
+    def _queue(self, queue: WeightQueue) -> Any:
+        return filled(queue if self.schedule.style.split else None)
+
+    def _post(self, payload: Payload, step: Instruction, target: int, tensors: State) -> None:
+        self._mail[payload, step.stage, target, step.microbatch] = tensors
+
+    def _forward(self, step: Instruction) -> None:
+        stage, work, mask = self.stages[step.stage], self._at(step), self._masks[step.microbatch]
+        with self._queue(work.encoder_queue):
+            if step.stage == 0:
+                state = stage.embed(self._batches[step.microbatch].images, mask)
+            else:
+                mail = self._mail.pop(("activation", step.stage - 1, step.stage, step.microbatch))
+                training = torch.is_grad_enabled()
+                state = work.inputs = tuple(t.detach().requires_grad_(training) for t in mail)
+
+            def tap(name: str, tensors: State) -> State:
+                onward, leaves = zip(*map(detach_tap, tensors), strict=True)
+                work.leaves[name] = list(leaves)
+                return onward
+
+            work.outputs = stage.encode(state, tap)
+        if step.stage + 1 < self.schedule.pipeline.num_stages:
+            sent = tuple(tensor.detach() for tensor in work.outputs)
+            self._post("activation", step, step.stage + 1, sent)
+
+    def _predict(self, step: Instruction, name: str) -> Tensor:
+        work = self._at(step)
+        tensors = tuple(leaf.tensor for leaf in work.leaves[name])
+        return self.stages[step.stage].decode(name, tensors, self._masks[step.microbatch])
+
+    def _criterion(self, step: Instruction) -> Criterion:
+        m = step.microbatch
+        if m not in self._criteria:
+            batch = self._batches[m]
+            stage = self.stages[step.stage]
+            self._criteria[m] = stage.criterion(batch.images, self._masks[m], batch.teacher)
+        return self._criteria[m]
+
+    def _add_loss(self, name: str, loss: Tensor) -> None:
+        before = self._losses.get(name, 0.0)
+        self._losses[name] = before + loss.detach().float()
+        if self._backward is not None:
+            self._backward(loss * loss_weight(self.config))
+
+    def _decoder(self, step: Instruction) -> None:
+        with self._queue(self._at(step).decoder_queue):
+            for name in self._names[step.stage]:
+                self._add_loss(name, self._criterion(step)(self._predict(step, name)))
+
+    def _decoder_forward(self, step: Instruction) -> None:
+        work, pipeline = self._at(step), self.schedule.pipeline
+        if pipeline.paired and pipeline.partner(step.stage) == step.stage:
+            return  # both halves are here: each pair runs forward and backward at once
+        with self._queue(work.decoder_queue):
+            for name in self._names[step.stage]:
+                work.predictions[name] = self._predict(step, name)
+        if self._is_shallow(step.stage):
+            sent = tuple(prediction.detach() for prediction in work.predictions.values())
+            self._post("prediction", step, pipeline.partner(step.stage), sent)
+
+    def _decoder_backward(self, step: Instruction) -> None:
+        work, partner = self._at(step), self.schedule.pipeline.partner(step.stage)
+        if self._is_shallow(step.stage):
+            if self._backward is not None:
+                mail = ("prediction_gradient", partner, step.stage, step.microbatch)
+                self._backward(seed(tuple(work.predictions.values()), self._mail.pop(mail)))
+            work.predictions = {}
+            return
+        partners: dict[str, Tensor] = {}
+        if self.schedule.pipeline.paired and partner < step.stage:
+            mail = self._mail.pop(("prediction", partner, step.stage, step.microbatch))
+            training = torch.is_grad_enabled()
+            partners = {
+                name: prediction.detach().requires_grad_(training)
+                for name, prediction in zip(self._names[partner], mail, strict=True)
+            }
+        with self._queue(work.decoder_queue):
+            for name, members in self._losses_of(step.stage).items():
+                ready = partners | work.predictions
+                predictions = [ready[m] if m in ready else self._predict(step, m) for m in members]
+                for member in members:
+                    work.predictions.pop(member, None)
+                self._add_loss(name, self._criterion(step)(sum_predictions(predictions)))
+        if partners and self._backward is not None:
+            gradients = tuple(_gradient(partners[name]) for name in self._names[partner])
+            self._post("prediction_gradient", step, partner, gradients)
+
+    def _encoder_backward(self, step: Instruction) -> None:
+        work, pipeline = self._at(step), self.schedule.pipeline
+        gradients: tuple[Tensor | None, ...] = (None,) * len(work.outputs)
+        if step.stage + 1 < pipeline.num_stages and not pipeline.local_gradients:
+            gradients = self._mail.pop(("gradient", step.stage + 1, step.stage, step.microbatch))
+        assert self._backward is not None, "evaluation has no backward"
+        with self._queue(work.encoder_queue):
+            self._backward(seed(work.outputs, gradients))
+        if step.stage > 0 and not pipeline.local_gradients:
+            sent = tuple(_gradient(tensor) for tensor in work.inputs)
+            self._post("gradient", step, step.stage - 1, sent)
+        work.inputs = work.outputs = ()
+        work.leaves = {}
+
+    def _decoder_weight_gradient(self, step: Instruction) -> None:
+        self._at(step).decoder_queue.run()
+
+    def _encoder_weight_gradient(self, step: Instruction) -> None:
+        self._at(step).encoder_queue.run()
+
+    def _send(self, step: Instruction) -> None:
+        self.channels.send(step, self._mail.pop(step.message))
+
+    def _receive(self, step: Instruction) -> None:
+        payload, source, target, m = step.message
+        assert payload is not None, f"{step} carries nothing"
+        assert source is not None, f"{step} comes from nowhere"
+        assert target is not None, f"{step} goes nowhere"
+        specs = message_specs(
+            self.config,
+            self.layout,
+            payload,
+            source,
+            target,
+            batch=len(self._batches[m].images),
+            precision=self.precision,
+        )
+        self._mail[step.message] = self.channels.receive(step, specs)
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None, "nothing downstream used a tensor that crossed a boundary"
+    return tensor.grad
