@@ -98,18 +98,21 @@ def test_next_step_is_made_while_this_one_is_used():
     made = []
 
     def load(step):
+        time.sleep(0.2)
         made.append(step)
-        time.sleep(0.05)
         return []
 
     feed = Feed(load, 3, 4)
     iterator = iter(feed)
     next(iterator)
-    assert feed.wait_seconds > 0.04
-    time.sleep(0.12)
+    assert feed.wait_seconds > 0.15
+    deadline = time.monotonic() + 10
+    while made != [3, 4] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
     assert made == [3, 4], "one step ahead, no more"
     next(iterator)
-    assert feed.wait_seconds < 0.02
+    assert feed.wait_seconds < 0.1
     iterator.close()
 
 

@@ -115,6 +115,18 @@ def test_stale_manifest_is_refused(folder, change):
         open_manifest(folder)
 
 
+def test_broken_manifest_is_one_line(folder):
+    (folder / "manifest.npz").write_bytes(b"PK half a file")
+    with pytest.raises(ConfigError, match=r"cannot be read; run `deepmim-scale data scan"):
+        open_manifest(folder)
+
+
+def test_folders_must_be_writable(folder, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="is not writable"):
+        run_scan(ScanArgs(dir=str(folder)))
+
+
 def test_unreadable_headers_fail_or_are_left_out(folder, capsys):
     (folder / "cat" / "bad.jpg").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"1 unreadable images: cat/bad.jpg; run .* data verify"):

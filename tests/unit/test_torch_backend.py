@@ -103,11 +103,16 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     np.testing.assert_array_equal(found, np.repeat((values // 256)[..., None], 3, axis=2))
 
 
-def test_extension_may_lie_and_exif_is_ignored(tmp_path):
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_exif_orientation_is_ignored(tmp_path, endian):
     exif = Image.Exif()
+    exif.endian = endian
     exif[0x0112] = 6
     picture(20, 50).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(str(tmp_path / "turned.jpg")).shape == (20, 50, 3)
+
+
+def test_extension_may_lie(tmp_path):
     picture(20, 50).save(tmp_path / "really.png")
     (tmp_path / "really.png").rename(tmp_path / "really.jpg")
     assert read_image(str(tmp_path / "really.jpg")).shape == (20, 50, 3)
