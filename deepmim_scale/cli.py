@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
                  "build, simulate and draw a step's schedule"),
     "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
     "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
+    "data verify": ("data.commands", "VerifyArgs", "run_verify", "decode every image"),
     "evaluate digits": ("evaluate.commands", "DigitsArguments", "run_digits",
                         "probe features on digits"),
     "analyse reconstruct": ("analysis.commands", "ReconstructArguments", "run_reconstruct",

@@ -233,8 +233,18 @@ class RunConfig(Frozen):
     """Reduce gradients once per step (they stay full until then), or after every micro-batch."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """Who decodes the images."""
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where JPEG is decoded; mixed uses the GPU (DALI)."""
     loader_threads: int = 2
     """Decoding threads per process."""
+    prefetch: int = 2
+    """Micro-batches being decoded at once."""
+    feed: Literal["rotate", "first", "replicate"] = "rotate"
+    """Who decodes for a pipeline's stages: each its share, the first, or each everything."""
+    check_feed: int = 0
+    """Steps between comparisons of the stages' images; 0 never."""
+    on_bad: Literal["fail", "replace"] = "fail"
+    """A file that cannot be decoded stops the run by name, or the next sample replaces it."""
     min_crop: float = 0.2
     """Smallest area of a random crop, as a share of the image."""
     validate_every: float = 1.0
@@ -253,12 +263,13 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         for key in ("stages", "timeout", "microbatch_size", "loader_threads", "save_every",
-                    "keep_checkpoints", "print_every", "epochs", "eps"):  # fmt: skip
+                    "keep_checkpoints", "print_every", "prefetch", "epochs", "eps"):  # fmt: skip
             _require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         for key in ("steps", "microbatches", "global_batch"):
             value = getattr(self, key)
             _require(value is None or value > 0, key, value, "must be positive")
-        for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every", "seed"):
+        for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every", "seed",
+                    "check_feed"):  # fmt: skip
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")

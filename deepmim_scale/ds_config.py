@@ -14,12 +14,15 @@ from typing import Any, Literal
 from deepmim_scale.arguments import read_json
 from deepmim_scale.config import ConfigError, RunConfig
 
-Precision = Literal["fp32", "bfloat16", "float16"]
+Precision = Literal["fp32", "bfloat16", "float16", "pure_bfloat16", "pure_float16"]
+"""bfloat16, float16: autocast over fp32 weights, as in the papers; pure_: 16-bit weights too, with
+fp32 masters in the optimizer: the least memory, and rounded gradients."""
 
 # Buckets beyond a stage's parameters only waste memory: DeepSpeed's default allocates 5e8 elements.
 BUCKET_ELEMENTS = 25_000_000
 
 _NUMBER = (int, float)
+_LOSS_SCALE = {"initial_scale_power": int, "loss_scale_window": int, "min_loss_scale": _NUMBER}
 _SCHEMA: dict[str, Any] = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
@@ -45,11 +48,9 @@ _SCHEMA: dict[str, Any] = {
         "use_multi_rank_bucket_allreduce": bool,
     },
     "torch_autocast": {"enabled": bool, "dtype": str},
-    "loss_scale": {
-        "initial_scale_power": int,
-        "loss_scale_window": int,
-        "min_loss_scale": _NUMBER,
-    },
+    "bf16": {"enabled": bool},
+    "fp16": {"enabled": bool, **_LOSS_SCALE},
+    "loss_scale": _LOSS_SCALE,
     "comms_logger": {
         "enabled": bool,
         "verbose": bool,
@@ -61,8 +62,6 @@ _SCHEMA: dict[str, Any] = {
 _ELSEWHERE = {
     "optimizer": "set --optimizer, --blr, --weight-decay, --beta1, --beta2 and --eps instead",
     "scheduler": "the schedule is MAE's; set --blr and --warmup-epochs instead",
-    "fp16": "weights stay fp32; use torch_autocast with dtype float16",
-    "bf16": "weights stay fp32; use torch_autocast with dtype bfloat16",
     "amp": "use torch_autocast",
     "pipeline": "stages are set on the command line",
 }
@@ -144,11 +143,19 @@ def _check(path: str, content: dict[str, Any], schema: dict[str, Any], prefix: s
 
 
 def precision_of(content: dict[str, Any], path: str = "deepspeed_config") -> Precision:
-    """The compute precision that `torch_autocast` asks for."""
-    autocast = content.get("torch_autocast", {})
-    if not autocast.get("enabled", False):
+    """The precision that `torch_autocast`, `bf16` or `fp16` asks for; fp32 without any."""
+    enabled = [
+        key
+        for key in ("torch_autocast", "bf16", "fp16")
+        if content.get(key, {}).get("enabled", False)
+    ]
+    if len(enabled) > 1:
+        raise ConfigError(f"{path}: {' and '.join(enabled)} are enabled; keep one of them")
+    if not enabled:
         return "fp32"
-    dtype = autocast.get("dtype", "bfloat16")
+    if enabled != ["torch_autocast"]:
+        return "pure_bfloat16" if enabled == ["bf16"] else "pure_float16"
+    dtype = content["torch_autocast"].get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "float16"):
         raise ConfigError(f"{path}: torch_autocast.dtype={dtype!r}: must be bfloat16 or float16")
     return dtype

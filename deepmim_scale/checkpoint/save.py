@@ -20,13 +20,14 @@ def save_checkpoint(
     final = files.step_folder(run, step)
     if dist.get_rank() == 0:
         files.start(final)
-    moments = zero.optimizer_state(engine)
+    moments, weights = zero.optimizer_state(engine), zero.master_weights(engine)
     dist.barrier()
     if replica == 0:
         part = files.part_folder(final)
         # Decoders of one stage share their frozen position table: it is stored once.
-        parameters = global_parameters(engine.module).items()
-        weights = {name: parameter.detach().cpu() for name, parameter in parameters}
+        for name, parameter in global_parameters(engine.module).items():
+            if not parameter.requires_grad:
+                weights[name] = parameter.detach().float().cpu()
         files.write_tensors(part / f"weights_stage{stage:02d}.safetensors", weights)
         files.write_tensors(part / f"optimizer_stage{stage:02d}.safetensors", moments)
     dist.barrier()
@@ -57,5 +58,6 @@ def load_optimizer(folder: Path, engine: zero.Engine) -> None:
     keys = [f"{moment}/{name}" for name in names for moment in zero.MOMENTS]
     state = files.read_state(folder)
     moments = files.read_tensors(folder, "optimizer", keys)
+    zero.load_master_weights(engine, files.read_tensors(folder, "weights", names))
     zero.load_optimizer_state(engine, moments, state["updates"])
     zero.load_scaler_state(engine, state["loss_scaler"])

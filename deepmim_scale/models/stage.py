@@ -97,6 +97,7 @@ class Stage(nn.Module):
 
     def embed(self, images: Tensor, masking: Masking) -> State:
         """State before block 1: visible patches of images [B, C, H, W] with position and CLS."""
+        images = images.to(self.cls_token.dtype)  # 16-bit weights take 16-bit images
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
         x = gather_tokens(x, masking.ids_visible)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)

@@ -19,7 +19,13 @@ from deepmim_scale.plan.cost import segment_of
 from deepmim_scale.plan.partition import Layout
 from deepmim_scale.plan.schedule import Payload, Pipeline
 
-_WIDTHS = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PRODUCTS: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "pure_bfloat16": torch.bfloat16,
+    "pure_float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,14 @@ def message_specs(
     Under autocast the hidden state is the residual stream in fp32 (it travels as it is, so that a
     boundary changes no bit), while carries and predictions come out of 16-bit matrix products.
     """
-    product = _WIDTHS[precision]
+    product = _PRODUCTS[precision]
+    residual = product if precision.startswith("pure") else torch.float32
     if payload in ("prediction", "prediction_gradient"):
         shallow = layout[min(source, target)]
         masked = config.num_patches - config.num_visible
         return [Spec((batch, masked, config.out_dim), product)] * len(shallow.decoders)
     tokens = config.num_visible + 1
-    specs = [Spec((batch, tokens, config.embed_dim), torch.float32)]
+    specs = [Spec((batch, tokens, config.embed_dim), residual)]
     if config.method == "mirl":
         carries = segment_of(config, layout[max(source, target)].first) + 1
         specs += [Spec((batch, tokens, config.decoder_embed_dim), product)] * carries

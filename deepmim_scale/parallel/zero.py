@@ -31,12 +31,18 @@ import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 
 Reduction = Literal["coalesced", "per_microbatch"]
 Engine = deepspeed.DeepSpeedEngine
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_COMMUNICATION = {"bfloat16": "bf16", "float16": "fp16"}
 # Keys of our JSON that DeepSpeed does not read, or reads in a way that fails: with float16 its
 # torch_autocast scales by a GradScaler that neither lowers its scale on overflow nor is voted.
 _OURS = ("torch_autocast", "loss_scale")
@@ -108,8 +114,8 @@ def build_engine(
     precision = precision_of(ds_config)
     settings = {key: value for key, value in ds_config.items() if key not in _OURS}
     settings.setdefault("steps_per_print", 2**31)
-    if precision != "fp32":
-        settings.setdefault("communication_data_type", {"bfloat16": "bf16"}.get(precision, "fp16"))
+    if precision in _DTYPES:
+        settings.setdefault("communication_data_type", _COMMUNICATION[precision])
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, mpu=grid, config=settings)
     engine.optimizer.check_grad_overflow = True  # else fp32 steps through NaN
     if precision == "float16":
@@ -126,8 +132,8 @@ def build_engine(
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The compute precision of one micro-batch; a no-op in fp32."""
-    if precision == "fp32":
+    """The compute precision of one micro-batch; a no-op in fp32 and with pure 16-bit weights."""
+    if precision not in _DTYPES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 
@@ -197,6 +203,17 @@ def _trainable(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in global_parameters(engine.module).items():
         if parameter.requires_grad:
             yield name, parameter
+
+
+def master_weights(engine: Engine) -> dict[str, Tensor]:
+    """The fp32 weights of this stage that the optimizer updates; every replica must call it."""
+    return {name: safe_get_full_fp32_param(p).cpu() for name, p in _trainable(engine)}
+
+
+def load_master_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
+    """Inverse of `master_weights`; the module's own weights must be loaded already."""
+    for name, parameter in _trainable(engine):
+        safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
 
 
 def _link_optimizer_state(engine: Engine) -> None:

@@ -48,8 +48,8 @@ def pretrain(config: RunConfig) -> None:
         raise ConfigError("data: missing; give an image folder, see `deepmim-scale data samples`")
     train_folder, held_out_folder = (find_split(config.data, split) for split in ("train", "val"))
     assert train_folder is not None, "find_split raises where there is no training folder"
-    train = open_manifest(train_folder)
-    held_out = open_manifest(held_out_folder) if held_out_folder else None
+    train = open_manifest(train_folder, config.on_bad)
+    held_out = open_manifest(held_out_folder, config.on_bad) if held_out_folder else None
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
 
     import torch
@@ -59,7 +59,7 @@ def pretrain(config: RunConfig) -> None:
 
     if given is None:
         given = load_ds_config(bundled(_default_ds_config()))
-    if precision_of(given) == "float16" and not torch.cuda.is_available():
+    if precision_of(given).endswith("float16") and not torch.cuda.is_available():
         raise ConfigError(
             f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
             "use ds_configs/cpu_fp32.json"
@@ -70,6 +70,8 @@ def pretrain(config: RunConfig) -> None:
     if _speaks():
         print(f"preset {config.preset}: {' '.join(difference(config)) or 'unchanged'}")
         print(f"data: {train.describe()}" + (f"; held out {len(held_out)}" if held_out else ""))
+        for note in (*train.notes, *(held_out.notes if held_out else ())):
+            print(f"data: {note}")
         print(f"deepspeed: {' '.join(filled_in)}")
         rate = config.blr * batch.global_batch / 256
         print(f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 "

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import load_optimizer, load_weights, save_checkpoint
 from deepmim_scale.config import ConfigError, RunConfig, num_steps
-from deepmim_scale.data.feed import Batch, build_feed, iter_validation
+from deepmim_scale.data.feed import Batch, Feed, build_feed, iter_validation
+from deepmim_scale.data.loader import build_backend
 from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.ds_config import BatchSizes, precision_of
@@ -137,16 +138,7 @@ class Trainer:
         if dist.get_rank() == 0:
             write_config(config)
             writer = MetricsWriter(config.output, self.step)
-        feed = build_feed(
-            config,
-            self.task.train,
-            self.samples,
-            replica=self.replica,
-            num_replicas=self.task.batch.num_replicas,
-            num_microbatches=self.task.batch.microbatches,
-            start_step=self.step,
-            num_steps=self.total_steps - self.step,
-        )
+        feed = self._feed()
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
@@ -169,6 +161,37 @@ class Trainer:
             progress.close()
             if writer is not None:
                 writer.close()
+
+    def _feed(self) -> Feed:
+        config, batch = self.config, self.task.batch
+        backend, reason = build_backend(
+            config,
+            self.task.train,
+            batch.microbatch_size,
+            self.device,
+            config.loader,
+            config.decode,
+            config.prefetch,
+        )
+        self.progress.say(reason)
+        # The feed's collectives run on its own thread: they need a communicator of their own.
+        group = dist.new_group(self.grid.pp_group, use_local_synchronization=True)
+        return build_feed(
+            config,
+            self.task.train,
+            self.samples,
+            replica=self.replica,
+            num_replicas=batch.num_replicas,
+            num_microbatches=batch.microbatches,
+            start_step=self.step,
+            num_steps=self.total_steps - self.step,
+            group=group if config.stages > 1 else None,
+            mode=config.feed,
+            check_feed=config.check_feed,
+            on_bad=config.on_bad,
+            backend=backend,
+            device=self.device,
+        )
 
     def _train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
         began = time.perf_counter()
@@ -236,15 +259,21 @@ class Trainer:
         held_out, replicas = self.task.held_out, self.task.batch.num_replicas
         assert held_out is not None, "validation needs held-out images"
         names = list(loss_members(self.config.model))
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         for batch in iter_validation(
-            self.config, held_out, replica=self.replica, num_replicas=replicas
+            self.config,
+            held_out,
+            replica=self.replica,
+            num_replicas=replicas,
+            on_bad=self.config.on_bad,
+            device=self.device,
         ):
             found = self.executor.evaluate(self._micro_batch(batch))
-            for index, name in enumerate(names):
-                sums[index] += float(found.get(name, 0.0)) * len(batch.images)
+            size = len(batch.images)
+            sums[:-1] += sums.new_tensor([float(found.get(name, 0.0)) * size for name in names])
+            sums[-1] += size * (self.rank == 0)
         dist.all_reduce(sums)
-        losses = dict(zip(names, (sums / len(held_out)).tolist(), strict=True))
+        losses = dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
         total = sum(losses.values()) * loss_weight(self.config.model)
         return {"validation_loss": total, "validation_losses": losses}
 
