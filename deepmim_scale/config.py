@@ -181,6 +181,10 @@ class RunConfig(Frozen):
     preset: str = ""
     """The preset this run started from."""
     model: ModelConfig = ModelConfig()
+    teacher: str = "ViT-B-16-quickgelu"
+    """Loss cosine: open_clip model, or local-dir:FOLDER; OpenAI's weights need QuickGELU."""
+    teacher_weights: str = "openai"
+    """Loss cosine: an open_clip tag (downloaded at the start), or a state-dict file."""
     data: str = ""
     """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it is held out), or DIR itself."""
     output: str = ""

@@ -116,6 +116,8 @@ def build_engine(
     settings.setdefault("steps_per_print", 2**31)
     if precision in _DTYPES:
         settings.setdefault("communication_data_type", _COMMUNICATION[precision])
+    if precision == "pure_float16":
+        settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, mpu=grid, config=settings)
     engine.optimizer.check_grad_overflow = True  # else fp32 steps through NaN
     if precision == "float16":

@@ -248,15 +248,18 @@ def segment_of(config: ModelConfig, block: int) -> int:
     return block * config.num_segments // config.depth
 
 
-def boundary_values(config: ModelConfig, block: int) -> int:
-    """Values per image and direction across a boundary before block `block` (from 0).
+def boundary_bytes(config: ModelConfig, block: int, precision: Precision = "autocast") -> int:
+    """Bytes per image and direction across a boundary before block `block` (from 0).
 
     The hidden state [C, D]; MIRL adds the carries e_0..e_g of g earlier segments, [C, d] each
-    (for a boundary at a segment's end). The backward direction returns their gradients.
+    (for a boundary at a segment's end). The backward direction returns their gradients. Under
+    autocast the hidden state is the fp32 residual stream and travels as it is, so that a boundary
+    changes no bit; carries come out of 16-bit products.
     """
     carries = segment_of(config, block) + 1 if config.method == "mirl" else 0
-    width = config.embed_dim + carries * config.decoder_embed_dim
-    return (config.num_visible + 1) * width
+    hidden = config.embed_dim * (2 if precision == "pure16" else 4)
+    carried = carries * config.decoder_embed_dim * activation_width(precision)
+    return (config.num_visible + 1) * (hidden + carried)
 
 
 def prediction_values(config: ModelConfig) -> int:

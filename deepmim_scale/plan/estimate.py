@@ -11,7 +11,7 @@ from deepmim_scale.plan.cost import (
     Precision,
     StageCost,
     activation_width,
-    boundary_values,
+    boundary_bytes,
     decoder_cost,
     prediction_values,
     stage_cost,
@@ -67,7 +67,7 @@ def messages_of(
     width = microbatch * activation_width(precision)
     found = []
     for lower, stage in enumerate(layout[1:], start=1):
-        size = width * boundary_values(model, stage.first)
+        size = microbatch * boundary_bytes(model, stage.first, precision)
         found.append(Message("activation", lower - 1, lower, size))
         found.append(Message("gradient", lower, lower - 1, size))
     if model.method == "mirl":

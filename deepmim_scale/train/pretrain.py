@@ -31,6 +31,7 @@ def pretrain(config: RunConfig) -> None:
         resolve_batch,
         resolve_ds_config,
     )
+    from deepmim_scale.targets import require_open_clip
     from deepmim_scale.train.run_folder import check_output
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -39,6 +40,9 @@ def pretrain(config: RunConfig) -> None:
             f"stages={config.stages}: must divide the {world} processes; "
             "change --stages or the launcher's number of processes"
         )
+    needs_teacher = config.model.loss == "cosine"
+    if needs_teacher:
+        require_open_clip()
     batch = resolve_batch(config, num_replicas=world // config.stages)
     pipeline = training_plan(config, batch.microbatches)
     config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
@@ -55,6 +59,7 @@ def pretrain(config: RunConfig) -> None:
     import torch
 
     from deepmim_scale.parallel import zero
+    from deepmim_scale.targets.clip import load_teacher
     from deepmim_scale.train.trainer import Task, Trainer
 
     if given is None:
@@ -67,6 +72,10 @@ def pretrain(config: RunConfig) -> None:
     ds_config, filled_in = resolve_ds_config(given, config, batch)
     if config.optimizer == "apex":
         zero.check_apex()
+    # Every rank, so that a mistake is told before any rank waits for another.
+    teacher = None
+    if needs_teacher:
+        teacher = load_teacher(config.teacher, config.teacher_weights, config.model)
     if _speaks():
         print(f"preset {config.preset}: {' '.join(difference(config)) or 'unchanged'}")
         print(f"data: {train.describe()}" + (f"; held out {len(held_out)}" if held_out else ""))
@@ -79,7 +88,7 @@ def pretrain(config: RunConfig) -> None:
         if config.stages > 1:
             print(_describe(pipeline, config, batch.microbatches), flush=True)
     device = zero.init_processes(config.timeout)
-    task = Task(config, ds_config, batch, samples, pipeline, train, held_out, ours)
+    task = Task(config, ds_config, batch, samples, pipeline, train, held_out, ours, teacher)
     try:
         trainer = Trainer(task, device)
         say = trainer.progress.say

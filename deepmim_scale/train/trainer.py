@@ -30,6 +30,7 @@ from deepmim_scale.parallel.executor import Executor, MicroBatch
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import build_rank
 from deepmim_scale.plan.training import TrainingPlan
+from deepmim_scale.targets.clip import Teacher
 from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
@@ -53,6 +54,8 @@ class Task:
     held_out: Manifest | None
     may_resume: bool
     """The output folder holds this run."""
+    teacher: Teacher | None
+    """Gives loss cosine its targets."""
 
 
 class Trainer:
@@ -78,6 +81,8 @@ class Trainer:
             seed=config.seed,
             recompute=config.recompute,
         )
+        has_decoders = any(len(stage.decoders) for stage in stages.stages.values())
+        self.teacher = task.teacher.to(device) if task.teacher and has_decoders else None
         if schedule.style.split:
             split_weight_gradients(stages)
         if self.checkpoint is not None:
@@ -239,8 +244,12 @@ class Trainer:
         return row, applied
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        images = batch.images.to(self.device, non_blocking=True)
-        return MicroBatch(normalise(images), batch.noise.to(self.device, non_blocking=True))
+        images = normalise(batch.images.to(self.device, non_blocking=True))
+        features = None
+        if self.teacher is not None:
+            with zero.autocast(self.precision, self.device):
+                features = self.teacher(images)
+        return MicroBatch(images, batch.noise.to(self.device, non_blocking=True), features)
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deepmim_scale.config import ModelConfig, RunConfig
-from deepmim_scale.ds_config import BatchSizes, load_ds_config, resolve_ds_config
+from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
 from deepmim_scale.models.weight_queue import split_weight_gradients
 from deepmim_scale.parallel import zero
@@ -34,6 +35,8 @@ TINY: dict[str, Any] = {
     "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 6, "num_heads": 2,
     "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2,
 }  # fmt: skip
+# Names of precisions in the planner.
+PLANNED = {"fp32": "fp32", "pure_bfloat16": "pure16", "pure_float16": "pure16"}
 MODELS = {
     "mae": {"method": "mae"},
     "deepmim": {"method": "deepmim", "taps": (2, 3, 5, 6)},
@@ -55,6 +58,11 @@ def run_config(case: dict[str, Any]) -> RunConfig:
     return RunConfig(model=model, microbatch_size=BATCH, clip_grad=case.get("clip", 0.0), **chosen)
 
 
+def settings_of(case: dict[str, Any]) -> dict[str, Any]:
+    content = load_ds_config(str(ROOT / "ds_configs" / f"{case.get('json', 'cpu_fp32')}.json"))
+    return content | case.get("settings", {})
+
+
 class Pipeline:
     """One case's engine and executor on this rank."""
 
@@ -72,7 +80,7 @@ class Pipeline:
         )  # fmt: skip
         if schedule.style.split:
             split_weight_gradients(self.stages)
-        content = load_ds_config(str(ROOT / "ds_configs" / f"{case.get('json', 'cpu_fp32')}.json"))
+        content = settings_of(case)
         sizes = BatchSizes(BATCH, self.microbatches, replicas)
         settings, _ = resolve_ds_config(content, config, sizes)
         device = torch.device("cpu")
@@ -81,10 +89,9 @@ class Pipeline:
         )
         self.engine = zero.build_engine(self.stages, optimizer, settings, self.grid)
         self.channels = Channels(schedule.pipeline, self.grid.pp_group, device, 60.0)
-        precision = {"cpu_fp32": "fp32", "v100_fp16": "float16", "a100_bf16": "bfloat16"}
         self.executor = Executor(
             schedule, self.rank, self.stages, self.channels, config.model, self.plan.layout,
-            precision=precision[case.get("json", "cpu_fp32")], device=device,
+            precision=precision_of(content), device=device,
         )  # fmt: skip
 
     def step(
@@ -118,13 +125,15 @@ def reference(case: dict[str, Any], replicas: int) -> tuple[dict[str, Tensor], l
         parameter_groups(model, 0.05), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS
     )
     count = case["microbatches"] * replicas
+    precision = precision_of(settings_of(case))
     norms, loss = [], 0.0
     for step in range(STEPS):
         loss = 0.0
         for replica in range(replicas):
             for m in range(case["microbatches"]):
                 batch = micro_batch(step, m, replica, config.model)
-                out = model(batch.images, noise=batch.noise)
+                with zero.autocast(precision, torch.device("cpu")):
+                    out = model(batch.images, noise=batch.noise)
                 (out.loss / count).backward()
                 loss += out.loss.item() / count
         largest = config.clip_grad or float("inf")
@@ -137,18 +146,26 @@ def reference(case: dict[str, Any], replicas: int) -> tuple[dict[str, Tensor], l
 def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     pipeline = Pipeline(case)
     replicas = pipeline.grid.get_data_parallel_world_size()
-    norms, total = [], 0.0
-    steps = STEPS if case.get("compare", True) else 2
+    norms, total, applied, scales = [], 0.0, [], []
+    steps = case.get("steps", STEPS if case.get("compare", True) else 2)
     for number in range(steps):
-        losses, norm, _ = pipeline.step(number)
+        spoil = None
+        if case.get("infinite_stage") == pipeline.rank and number == 1:
+            spoil = lambda loss: loss * float("inf")  # noqa: E731
+        losses, norm, done = pipeline.step(number, spoil)
         norms.append(norm)
+        applied.append(done)
+        scales.append(zero.loss_scale(pipeline.engine))
     weight = 1 / 3 if case["method"] == "mirl" else 1.0
     mine = sum(float(loss) for loss in losses.values()) * weight
     summed = torch.tensor(mine / pipeline.microbatches / replicas, dtype=torch.float64)
     dist.all_reduce(summed)
     total = float(summed)
     parameters = pipeline.whole()
-    result: dict[str, Any] = {"layout": pipeline.plan.text}
+    result: dict[str, Any] = {"layout": pipeline.plan.text, "norms": [norms]}
+    votes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(votes, [applied, scales])
+    result["votes"] = votes
     if case.get("compare", True) and dist.get_rank() == 0:
         expected, expected_norms, expected_loss = reference(case, replicas)
         result["difference"] = max(
@@ -161,7 +178,8 @@ def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     dist.all_gather_object(sent, dict(pipeline.channels.bytes_sent))
     expected_bytes: dict[str, int] = {}
     graph = pipeline.plan.built.schedule.pipeline
-    for message in messages_of(pipeline.config.model, pipeline.plan.layout, BATCH, "fp32"):
+    precision = PLANNED.get(pipeline.executor.precision, "autocast")
+    for message in messages_of(pipeline.config.model, pipeline.plan.layout, BATCH, precision):
         if graph.rank_of(message.source) != graph.rank_of(message.target):
             count = steps * pipeline.microbatches * replicas
             before = expected_bytes.get(message.payload, 0)
@@ -178,6 +196,10 @@ def main() -> None:
     torch.set_num_threads(1)
     out, cases = Path(sys.argv[-2]), json.loads(Path(sys.argv[-1]).read_text())
     zero.init_processes(timeout_seconds=120)
+    # The CPU accelerator refuses fp16, although torch's CPU kernels are enough for its arithmetic.
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    accelerator.is_fp16_supported = lambda self: True
+    accelerator.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
     results, tensors = {}, {}
     for name, case in cases.items():
         results[name], parameters = run_case(case)

@@ -169,3 +169,50 @@ def test_local_gradient_flow_sends_no_gradient(run: Run) -> None:
             "gradient_flow": "local", "layout": "2d1d|2d1d", "compare": False}  # fmt: skip
     results, _ = run(2, {"local": case})
     assert set(results["local"]["bytes"][0]) == {"activation"}
+
+
+PRECISIONS = ("a100_bf16", "v100_fp16", "a100_pure_bf16", "v100_pure_fp16")
+
+
+def test_precisions(run: Run) -> None:
+    """16-bit pipelines equal one stage of the same precision, and autocast equals plain torch."""
+    tensors: dict[int, dict[str, torch.Tensor]] = {}
+    for world in (1, 2):
+        cases = {}
+        for method, name in product(("deepmim", "mirl"), PRECISIONS):
+            schedules = ("dib",) if world == 1 or method == "mirl" else ("dib", "dib_w", "1f1b")
+            for schedule in schedules:
+                cases[f"{method} {name} {schedule}"] = {
+                    "method": method, "stages": world, "schedule": schedule, "microbatches": 4,
+                    "json": name, "compare": False,
+                }  # fmt: skip
+        for name in PRECISIONS[:2]:
+            cases[f"torch {name}"] = {
+                "method": "deepmim", "stages": world, "schedule": "dib", "microbatches": 4,
+                "json": name, "settings": {"communication_data_type": "fp32"},
+            }  # fmt: skip
+        results, tensors[world] = run(world, cases)
+        for name, result in results.items():
+            counted, expected = result["bytes"]
+            assert counted == expected, f"{name}: bytes sent {counted}, formula {expected}"
+            if name.startswith("torch"):
+                assert result["difference"] <= 2e-3, f"{name}: {result}"
+                assert result["norms"][0] == pytest.approx(result["norms"][1], rel=1e-3)
+    for key, value in tensors[2].items():
+        name, parameter = key.split("/")
+        if "pos_embed" not in parameter:
+            method, settings, _ = f"{name} dib".split(" ", 2)
+            alone = f"{name}/" if method == "torch" else f"{method} {settings} dib/"
+            assert torch.equal(tensors[1][alone + parameter], value), key
+
+
+def test_infinity_on_one_stage_skips_the_step_everywhere(run: Run) -> None:
+    base = {"method": "deepmim", "stages": 2, "schedule": "dib", "microbatches": 4,
+            "compare": False, "steps": 3, "infinite_stage": 1}  # fmt: skip
+    results, _ = run(4, {name: base | {"json": name} for name in ("cpu_fp32", *PRECISIONS)})
+    for name, result in results.items():
+        votes = result["votes"]
+        assert all(vote == votes[0] for vote in votes), f"{name}: ranks disagree: {votes}"
+        applied, scales = votes[0]
+        assert applied == [True, False, True], name
+        assert scales == ([65536.0, 32768.0, 32768.0] if "fp16" in name else [1.0] * 3), name

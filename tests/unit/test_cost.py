@@ -98,12 +98,15 @@ def test_activation_bytes_match_measurement():
 
 def test_boundary_bytes():
     """16-bit bytes of a micro-batch of 128 at each segment's end of MIRL ViT-B-48."""
-    config, width = model("mirl_vit_b_48"), 2 * 128
-    hidden = costs.boundary_values(model("deepmim_vit_b_48"), 12) * width
+    config, images = model("mirl_vit_b_48"), 128
+    hidden = images * costs.boundary_bytes(model("deepmim_vit_b_48"), 12, "pure16")
     assert hidden == 9_830_400
-    carries = [costs.boundary_values(config, tap) * width - hidden for tap in config.taps[:-1]]
-    assert carries == [6_553_600 * count for count in (2, 3, 4, 5, 6)]
-    assert costs.prediction_values(config) * width == 28_901_376
+    whole = [images * costs.boundary_bytes(config, tap, "pure16") for tap in config.taps[:-1]]
+    assert whole == [hidden + 6_553_600 * count for count in (2, 3, 4, 5, 6)]
+    # Under autocast the residual stream crosses in fp32.
+    autocast = images * costs.boundary_bytes(config, config.taps[0])
+    assert autocast == 2 * hidden + 6_553_600 * 2
+    assert 2 * images * costs.prediction_values(config) == 28_901_376
 
 
 @pytest.mark.parametrize("replicas", [1, 3, 8])

@@ -10,7 +10,7 @@ import tyro
 
 from deepmim_scale.config import ConfigError
 from deepmim_scale.plan import commands
-from deepmim_scale.plan.cost import boundary_values, model_cost, zero2_state_bytes
+from deepmim_scale.plan.cost import boundary_bytes, model_cost, zero2_state_bytes
 from deepmim_scale.plan.draw import chrome_trace, draw_gantt
 from deepmim_scale.plan.estimate import (
     layout_of,
@@ -77,8 +77,8 @@ def test_memory_and_bytes_by_hand():
     layout = layout_of(config, 4)
     memory = memory_of(config, layout, 64)
     assert plan.activation_bytes == 4 * (memory[0].encoder + memory[0].decoders)
-    # An inner stage sends activations down and gradients up, 16-bit.
-    assert plan.boundary_bytes == 8 * 2 * 64 * 2 * boundary_values(config, 3)
+    # An inner stage sends activations down and gradients up.
+    assert plan.boundary_bytes == 8 * 2 * 64 * boundary_bytes(config, 3)
     one = predict(config, cluster("edr"), 1, "dib", 128, 1)
     state = zero2_state_bytes(model_cost(config).whole, 32, reduction="per_microbatch")
     assert one.memory_bytes == state + one.activation_bytes
@@ -89,7 +89,7 @@ def test_long_steps_continue_at_the_slowest_rank():
     """24 micro-batches predicted from 8 against the simulation of all of them."""
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     for name in ("1f1b", "dib", "dib_w"):
-        plan = predict(config, cluster("hdr"), 4, name, 32, 24)
+        plan = predict(config, cluster("8xhdr"), 4, name, 32, 24)
         layout = layout_of(config, 4)
         rate = 125e12 * 0.38 * 32 / 34
         times = times_of(config, layout, 32, rate, split=name == "dib_w")
