@@ -34,7 +34,7 @@ from deepmim_scale.parallel.stages import RankStages, message_specs
 from deepmim_scale.plan.partition import Layout
 from deepmim_scale.plan.schedule import Instruction, Kind, Message, Payload, Schedule
 
-EVALUATION_KINDS = frozenset({"forward", "decoder", "decoder_forward", "decoder_backward"})
+EVALUATION_KINDS = frozenset({"forward", "decoder", "decoder_forward", "decoder_backward", "flush"})
 EVALUATION_PAYLOADS = frozenset({"activation", "prediction"})
 
 
@@ -82,6 +82,10 @@ class Executor:
         self.config, self.layout, self.precision, self.device = config, layout, precision, device
         self.seconds: list[tuple[Instruction, float, float]] = []
         """Instructions of the last step with their start and end (host clock, s)."""
+        self.on_failure: Callable[[RuntimeError], object] = lambda error: None
+        """Called where an instruction fails, before its callers clean up: on its way out of a step
+        DeepSpeed would reduce gradients, with peers that are elsewhere or gone."""
+        self._current = schedule.ranks[rank][-1]
         names = decoder_names(config)
         self._names = [[names[config.taps[k]] for k in stage.decoders] for stage in layout]
         self._run: dict[Kind, Callable[[Instruction], None]] = {
@@ -136,12 +140,10 @@ class Executor:
         steps = [
             step
             for step in self.schedule.ranks[self.rank]
-            if step.microbatch == 0
+            if step.microbatch <= 0
             and (step.kind in EVALUATION_KINDS or step.payload in EVALUATION_PAYLOADS)
         ]
-        losses = self._execute(steps, [batch], None)
-        self.channels.finish()
-        return losses
+        return self._execute(steps, [batch], None)
 
     def _execute(
         self,
@@ -158,19 +160,27 @@ class Executor:
         self._criteria: dict[int, Criterion] = {}
         self.seconds = []
         for step in steps:
+            self._current = step
             began = time.perf_counter()
             try:
                 with zero.autocast(self.precision, self.device):
                     self._run[step.kind](step)
             except RuntimeError as error:
-                what = f"{step.kind} {step.payload or ''}".strip()
-                peer = "" if step.peer is None else f" (peer: stage {step.peer})"
-                raise StepFailed(
-                    f"rank {torch.distributed.get_rank()}, stage {step.stage}, micro-batch "
-                    f"{step.microbatch}, instruction {what}{peer}: {error}"
-                ) from error
+                self.on_failure(error)
+                rank = torch.distributed.get_rank()
+                raise StepFailed(f"rank {rank}, {self.where}: {error}") from error
             self.seconds.append((step, began, time.perf_counter()))
         return self._losses
+
+    @property
+    def where(self) -> str:
+        """Stage, micro-batch and instruction that were begun last; "flush" until the next step."""
+        step = self._current
+        # A flush comes after the last micro-batch.
+        m = step.microbatch if step.microbatch >= 0 else self.schedule.num_microbatches - 1
+        what = f"{step.kind} {step.payload or ''}".strip()
+        peer = "" if step.peer is None else f" (peer: stage {step.peer})"
+        return f"stage {step.stage}, micro-batch {m}, instruction {what}{peer}"
 
     @property
     def busy_seconds(self) -> float:

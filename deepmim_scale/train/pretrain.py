@@ -58,7 +58,8 @@ def pretrain(config: RunConfig) -> None:
 
     import torch
 
-    from deepmim_scale.parallel import zero
+    from deepmim_scale.parallel import failure, zero
+    from deepmim_scale.parallel.executor import Executor
     from deepmim_scale.targets.clip import load_teacher
     from deepmim_scale.train.trainer import Task, Trainer
 
@@ -87,10 +88,14 @@ def pretrain(config: RunConfig) -> None:
               f"= {_scientific(rate)}", flush=True)  # fmt: skip
         if config.stages > 1:
             print(_describe(pipeline, config, batch.microbatches), flush=True)
+    failure.limit_waits(config.timeout)
+    executor: Executor | None = None
     device = zero.init_processes(config.timeout)
     task = Task(config, ds_config, batch, samples, pipeline, train, held_out, ours, teacher)
     try:
         trainer = Trainer(task, device)
+        executor = trainer.executor
+        executor.on_failure = lambda error: failure.leave(error, executor)
         say = trainer.progress.say
         if trainer.finished:
             say(f"finished already: {trainer.step} steps, results in {config.output}")
@@ -102,6 +107,8 @@ def pretrain(config: RunConfig) -> None:
             say(f"warning: all {trainer.total_steps} steps lie in the warm-up of {warmup_steps:g}")
         trainer.run()
         say(f"done: {trainer.step} steps, results in {config.output}")
+    except RuntimeError as error:
+        failure.leave(error, executor)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -113,7 +120,10 @@ def _describe(pipeline: TrainingPlan, config: RunConfig, microbatches: int) -> s
         f"{microbatches} micro-batches; simulated idle share {idle:.1%}"
     )
     if microbatches < config.stages:
-        text += "\nwarning: fewer micro-batches than stages leave ranks idle; raise --microbatches"
+        text += (
+            f"\nwarning: microbatches={microbatches}: fewer than the {config.stages} stages, which "
+            f"idle {idle:.1%} of the time (simulated); raise --microbatches"
+        )
     return text
 
 

@@ -1,0 +1,52 @@
+"""How a rank leaves when a peer hangs or dies: one line that says where it waited, exit code 1."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from deepmim_scale.parallel.executor import Executor
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def limit_waits(seconds: float) -> None:
+    """Make `seconds` the time-out of process groups to come, DeepSpeed's own included.
+
+    torch gives groups 10 or 30 minutes, whatever the time-out of the group of all ranks.
+    """
+    distributed_c10d.default_pg_timeout = timedelta(seconds=seconds)
+    distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether torch.distributed gave up on another process (gloo raises bare RuntimeErrors)."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def leave(error: RuntimeError, executor: Executor | None) -> NoReturn:
+    """End this process at once, whatever its threads and process groups still wait for.
+
+    The last line on stderr names rank, stage, micro-batch, instruction and function; an error that
+    is not a peer's is preceded by its traceback.
+    """
+    sys.stdout.flush()
+    if not is_lost_peer(error):
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
+    function = f"{Path(ours[-1].filename).stem}.{ours[-1].name}" if ours else "?"
+    where = executor.where if executor else "starting"
+    # "[/path/to/gloo/pair.cc:545] Timed out ... . This is typically caused by ..."
+    reason = re.sub(r"^\[\S*\] ", "", str(error)).split("\n")[0].split(". ")[0]
+    rank = os.environ.get("RANK", "0")
+    print(f"error: rank {rank}, {where}, in {function}: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
