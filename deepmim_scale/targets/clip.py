@@ -27,6 +27,9 @@ LOCAL = "local-dir:"
 class Teacher(nn.Module):
     """Token features of whole images, without gradients."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, visual: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         visual.output_tokens = True

@@ -81,7 +81,8 @@ class Trainer:
             seed=config.seed,
             recompute=config.recompute,
         )
-        has_decoders = any(len(stage.decoders) for stage in stages.stages.values())
+        mine = schedule.pipeline.stages_of(self.rank)
+        has_decoders = any(len(stages[number].decoders) for number in mine)
         self.teacher = task.teacher.to(device) if task.teacher and has_decoders else None
         if schedule.style.split:
             split_weight_gradients(stages)
