@@ -1,0 +1,128 @@
+"""A peer that hangs or dies: every other rank leaves in time and says where it waited.
+
+Plain processes, since a launcher would end the survivors itself.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from deepmim_scale.data.samples import write_samples
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD, TIMEOUT, GRACE = 4, 6.0, 5.0
+LAST_LINE = re.compile(
+    r"error: rank (?P<rank>\d), stage (?P<stage>\d), micro-batch [01], instruction [a-z_]+"
+    r"( \w+ \(peer: stage \d\))?, in \w+\.\w+: .*(Timed out|Connection|Broken pipe).*"
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data") / "samples"
+    write_samples(folder)
+    return str(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def training(photos: str, folder: Path, *words: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """An endless run of four ranks that has taken three steps; all are gone afterwards."""
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "WORLD_SIZE": str(WORLD), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    command = [sys.executable, "launcher/pretrain.py", "--preset", "debug", "--data", photos,
+               "--output", str(folder / "run"), "--steps", "1000000", "--warmup-epochs", "0",
+               "--microbatches", "2", "--microbatch-size", "2", "--validate-every", "0",
+               "--timeout", str(TIMEOUT), *words]  # fmt: skip
+    processes = []
+    try:
+        for rank in range(WORLD):
+            environment = os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (folder / f"{rank}.stderr").open("wb") as stderr:
+                processes.append(
+                    subprocess.Popen(
+                        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr
+                    )
+                )
+        metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 3):
+            assert all(process.poll() is None for process in processes), said(folder)
+            assert time.monotonic() < deadline, "no third step before the deadline"
+            time.sleep(0.02)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def said(folder: Path) -> list[str]:
+    return [(folder / f"{rank}.stderr").read_text() for rank in range(WORLD)]
+
+
+def check_survivors(
+    processes: list[subprocess.Popen[bytes]], victim: int, fault: signal.Signals, folder: Path,
+    stages: int,
+) -> float:  # fmt: skip
+    """Let `fault` happen to `victim`; returns the seconds until the last survivor is gone."""
+    os.kill(processes[victim].pid, fault)
+    began = time.monotonic()
+    for rank in set(range(WORLD)) - {victim}:
+        left = began + TIMEOUT + GRACE - time.monotonic()
+        assert processes[rank].wait(max(left, 0.0)) == 1, said(folder)[rank]
+    seconds = time.monotonic() - began
+    for rank in set(range(WORLD)) - {victim}:
+        *before, last = said(folder)[rank].splitlines()
+        found = LAST_LINE.fullmatch(last)
+        assert found, f"rank {rank}, {fault.name} of {victim}: {last!r}"
+        assert int(found["rank"]) == rank
+        assert int(found["stage"]) == rank * stages // WORLD
+        assert not any("Traceback" in line for line in before), before
+    return seconds
+
+
+def test_a_rank_that_hangs(photos: str, tmp_path: Path) -> None:
+    with training(photos, tmp_path, "--stages", "2") as processes:
+        seconds = check_survivors(processes, 2, signal.SIGSTOP, tmp_path, stages=2)
+    assert seconds > TIMEOUT / 2, "the survivors waited for the time-out"
+
+
+def test_a_rank_that_dies(photos: str, tmp_path: Path) -> None:
+    with training(photos, tmp_path, "--stages", "4") as processes:
+        seconds = check_survivors(processes, 1, signal.SIGKILL, tmp_path, stages=4)
+    assert seconds < TIMEOUT, "nobody waits for a rank that is known to be gone"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", range(WORLD))
+@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("words", [
+    ("--stages", "2", "--schedule", "1f1b"),
+    ("--stages", "2", "--reduction", "per_microbatch"),
+    ("--stages", "4", "--schedule", "dib_w"),
+    ("--stages", "4", "--save-every", "1"),
+    ("--stages", "1"),
+], ids=" ".join)  # fmt: skip
+def test_any_rank_at_any_moment(
+    photos: str, tmp_path: Path, words: tuple[str, ...], fault: signal.Signals, victim: int
+) -> None:
+    with training(photos, tmp_path, *words) as processes:
+        time.sleep(random.random())
+        check_survivors(processes, victim, fault, tmp_path, stages=int(words[1]))
