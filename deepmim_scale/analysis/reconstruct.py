@@ -15,7 +15,6 @@ from deepmim_scale.data.feed import Batch, iter_validation
 from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
 from deepmim_scale.models import Model
 from deepmim_scale.models.blocks import gather_tokens
-from deepmim_scale.models.model import sum_predictions
 from deepmim_scale.models.stage import loss_members
 from deepmim_scale.targets.pixels import (
     normalise,
@@ -52,7 +51,7 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
 
     pictures = {}
     for name, members in loss_members(config).items():
-        values = sum_predictions([out.predictions[member] for member in members])
+        values = torch.stack([out.predictions[member] for member in members]).sum(0)
         if config.norm_pix:
             mean, std = patch_statistics(patches)
             values = values * std + mean

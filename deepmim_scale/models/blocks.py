@@ -21,9 +21,11 @@ from deepmim_scale.models.weight_queue import linear
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def transformer_block(dim: int, num_heads: int, mlp_ratio: float) -> Block:
+def transformer_block(
+    dim: int, num_heads: int, mlp_ratio: float, kind: type[Block] = Block
+) -> Block:
     """timm's pre-norm block as MAE uses it: biased qkv, exact GELU, no dropout, no layer scale."""
-    return Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+    return kind(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
 
 
 def position_table(dim: int, grid_size: int) -> nn.Parameter:
@@ -59,11 +61,17 @@ def queried_attention(attn: nn.Module, x: Tensor, queries: Tensor) -> Tensor:
     return attn.proj(_attend(q, k, v))
 
 
-def queried_block(block: Block, x: Tensor, ids: Tensor) -> Tensor:
-    """`block(x)` at the tokens `ids` [B, M] alone; exact, for only those are read afterwards."""
-    normed = block.norm1(x)
-    x = gather_tokens(x, ids) + queried_attention(block.attn, normed, gather_tokens(normed, ids))
-    return x + block.mlp(block.norm2(x))
+class DecoderBlock(Block):
+    """timm's block that can answer for some tokens only."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """x [B, N, D] -> [B, N, D], or [B, M, D] at the tokens ids [B, M]: exact there."""
+        if ids is None:
+            return super().forward(x)
+        normed = self.norm1(x)
+        queries = gather_tokens(normed, ids)
+        x = gather_tokens(x, ids) + queried_attention(self.attn, normed, queries)
+        return x + self.mlp(self.norm2(x))
 
 
 class CrossAttention(nn.Module):
@@ -104,6 +112,13 @@ class CrossBlock(nn.Module):
             x = gather_tokens(x, ids) + queried_attention(self.attn, normed, queries)
         x = x + self.cross_attn(self.norm2(x), self.norm3(memory))
         return x + self.mlp(self.norm4(x))
+
+
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """Compile every encoder and decoder block by itself; equal shapes share one graph."""
+    for block in module.modules():
+        if isinstance(block, Block | CrossBlock):
+            block.compile(fullgraph=True, backend=backend)
 
 
 @torch.no_grad()

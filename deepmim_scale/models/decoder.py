@@ -7,30 +7,27 @@ Sources: facebookresearch/mae, OliverRensu/DeepMIM, russellllaputa/MIRL (their m
 from __future__ import annotations
 
 import torch
+from deepmim_kernels import decoder_assemble
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.models.blocks import (
     CrossBlock,
+    DecoderBlock,
     LayerNorm,
     gather_tokens,
     position_table,
-    queried_block,
     transformer_block,
 )
 from deepmim_scale.models.masking import Masking
 
 
-def assemble(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
-    """Visible tokens [B, K+1, d] (CLS first) and mask tokens in image order plus position.
-
-    Returns [B, L+1, d].
-    """
-    num_masked = ids_restore.shape[1] + 1 - tokens.shape[1]
-    masks = mask_token.expand(tokens.shape[0], num_masked, -1)
-    patches = gather_tokens(torch.cat([tokens[:, 1:], masks], dim=1), ids_restore)
-    return torch.cat([tokens[:, :1], patches], dim=1) + pos_embed
+def _chosen(x: Tensor, masking: Masking, queried: bool, full: bool) -> Tensor:
+    """Predictions of masked patches from what the last block was asked for; all with `full`."""
+    if queried:
+        return x
+    return x[:, 1:] if full else gather_tokens(x[:, 1:], masking.ids_masked)
 
 
 class Decoder(nn.Module):
@@ -44,7 +41,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = pos_embed
         self.blocks = nn.ModuleList(
-            transformer_block(dim, config.decoder_num_heads, config.mlp_ratio)
+            transformer_block(dim, config.decoder_num_heads, config.mlp_ratio, DecoderBlock)
             for _ in range(config.decoder_depth)
         )
         self.norm = LayerNorm(dim)
@@ -55,14 +52,13 @@ class Decoder(nn.Module):
 
         `full` gives [B, L, P], the predictions of all patches in image order.
         """
-        x = assemble(self.embed(feature), self.mask_token, self.pos_embed, masking.ids_restore)
+        tokens = self.embed(feature)
+        x = decoder_assemble(tokens, self.mask_token, self.pos_embed, masking.ids_restore)
         for block in self.blocks[:-1]:
             x = block(x)
-        if self.masked_query and not full:
-            x = queried_block(self.blocks[-1], x, masking.ids_masked + 1)
-            return self.pred(self.norm(x))
-        x = self.pred(self.norm(self.blocks[-1](x)))[:, 1:]
-        return x if full else gather_tokens(x, masking.ids_masked)
+        queried = self.masked_query and not full
+        x = self.blocks[-1](x, masking.ids_masked + 1 if queried else None)
+        return _chosen(self.pred(self.norm(x)), masking, queried, full)
 
 
 class CrossDecoder(nn.Module):
@@ -87,16 +83,13 @@ class CrossDecoder(nn.Module):
 
     def forward(self, *carries: Tensor, masking: Masking, full: bool = False) -> Tensor:
         """Carries e_0 .. e_g, each [B, K+1, d] -> [B, L-K, P], or [B, L, P] with `full`."""
-        x = assemble(carries[-1], self.mask_token, self.pos_embed, masking.ids_restore)
+        x = decoder_assemble(carries[-1], self.mask_token, self.pos_embed, masking.ids_restore)
         memory = torch.cat(carries[-2::-1], dim=1)
         queried = self.masked_query and not full
         for block in self.blocks[:-1]:
             x = block(x, memory)
         x = self.blocks[-1](x, memory, masking.ids_masked + 1 if queried else None)
-        x = self.pred(self.norm(x))
-        if queried:
-            return x
-        return x[:, 1:] if full else gather_tokens(x[:, 1:], masking.ids_masked)
+        return _chosen(self.pred(self.norm(x)), masking, queried, full)
 
 
 class Carry(nn.Module):

@@ -50,7 +50,7 @@ class Model(Stage):
         teacher: Tensor | None = None,
         predictions: bool = False,
     ) -> Output:
-        """Losses of normalised images [B, C, H, W]; noise [B, L] in [0, 1) decides the mask.
+        """Losses of images [B, C, H, W], normalised or uint8; noise [B, L] in [0, 1): the mask.
 
         `predictions` also returns every decoder's predictions, from full last blocks.
         """
@@ -71,7 +71,7 @@ class Model(Stage):
             masked = {name: gather_tokens(p, masking.ids_masked) for name, p in preds.items()}
         criterion = self.criterion(images, masking, teacher)
         losses = {
-            name: criterion(sum_predictions([masked[member] for member in members]))
+            name: criterion(name, [masked[member] for member in members])
             for name, members in loss_members(self.config).items()
         }
         return Output(self.total(losses), losses, preds if predictions else None)
@@ -80,11 +80,6 @@ class Model(Stage):
         """The weighted sum of the losses, in their order."""
         weight = loss_weight(self.config)
         return torch.stack([loss * weight for loss in losses.values()]).sum()
-
-
-def sum_predictions(predictions: list[Tensor]) -> Tensor:
-    """The prediction that a loss supervises: one decoder's, or the sum of a MIRL pair."""
-    return predictions[0] if len(predictions) == 1 else predictions[0] + predictions[1]
 
 
 def local_backward(
@@ -114,19 +109,14 @@ def local_backward(
     criterion = model.criterion(images, masking, teacher)
     losses = {}
     for name, members in loss_members(model.config).items():
-        loss = criterion(
-            sum_predictions(
-                [
-                    model.decoders[member](
-                        *(leaf.tensor for leaf in leaves[member]), masking=masking
-                    )
-                    for member in members
-                ]
-            )
-        )
+        predictions = [
+            model.decode(member, tuple(leaf.tensor for leaf in leaves[member]), masking)
+            for member in members
+        ]
+        loss = criterion(name, predictions)
         losses[name] = loss.detach()
         backward(loss * loss_weight(model.config))
-        del loss
+        del loss, predictions
     backward(seed(state, (None,) * len(state)))
     return Output(model.total(losses), losses)
 

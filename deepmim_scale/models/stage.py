@@ -12,6 +12,8 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from deepmim_kernels import gather_patches, masked_cosine, masked_mse, use_triton
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,13 +22,13 @@ from deepmim_scale.config import ModelConfig
 from deepmim_scale.models.blocks import LayerNorm, gather_tokens, position_table, transformer_block
 from deepmim_scale.models.decoder import Carry, CrossDecoder, Decoder, decoder_table
 from deepmim_scale.models.masking import Masking
-from deepmim_scale.targets.features import cosine_loss, masked_features
-from deepmim_scale.targets.pixels import masked_pixels, pixel_loss
+from deepmim_scale.targets.pixels import normalise, pixel_scale
 
 State = tuple[Tensor, ...]
 # (decoder's name, its input tensors) -> the tensors with which the encoder goes on
 TapFunction = Callable[[str, State], State]
-Criterion = Callable[[Tensor], Tensor]
+# (loss's name, predictions of its decoders) -> scalar
+Criterion = Callable[[str, list[Tensor]], Tensor]
 Recompute = Literal["none", "encoder", "all"]
 
 
@@ -63,6 +65,8 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
+        self.gradient_hint = loss_weight(config)
+        """Gradient of the total with respect to a loss: lets a kernel store gradients at once."""
         is_first, is_last = first == 1, last == config.depth
         if is_first:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
@@ -96,10 +100,20 @@ class Stage(nn.Module):
             self.decoders = nn.ModuleDict({name: Decoder(config, table) for name in names.values()})
 
     def embed(self, images: Tensor, masking: Masking) -> State:
-        """State before block 1: visible patches of images [B, C, H, W] with position and CLS."""
-        images = images.to(self.cls_token.dtype)  # 16-bit weights take 16-bit images
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = gather_tokens(x, masking.ids_visible)
+        """State before block 1: visible patches of images [B, C, H, W] with position and CLS.
+
+        images: uint8, or floating and normalised.
+        """
+        dtype, ids = self.cls_token.dtype, masking.ids_visible  # 16-bit weights, 16-bit images
+        if use_triton("auto", images):
+            # The visible patches alone go through the convolution, as the Linear that it is.
+            size, project = self.config.patch_size, self.patch_embed.proj
+            pixels = gather_patches(images, ids, patch_size=size, **pixel_scale(images))
+            x = F.linear(pixels.to(dtype), project.weight.flatten(1), project.bias)
+            x = x + self.pos_embed[0, 1:][ids]
+        else:
+            x = self.patch_embed(normalise(images).to(dtype)) + self.pos_embed[:, 1:]
+            x = gather_tokens(x, ids)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         hidden = torch.cat([cls, x], dim=1)
         if self.config.method == "mirl":
@@ -134,15 +148,24 @@ class Stage(nn.Module):
         return function(*tensors)
 
     def criterion(self, images: Tensor, masking: Masking, teacher: Tensor | None) -> Criterion:
-        """The loss of a prediction [B, L-K, P] of the masked patches.
+        """The loss of predictions [B, L-K, P] of the masked patches: one, or a pair to be summed.
 
-        images [B, C, H, W] normalised; teacher [B, L+1, P] for loss cosine.
+        images [B, C, H, W] uint8 or normalised; teacher [B, L+1, P] for loss cosine.
         """
-        config, ids = self.config, masking.ids_masked
+        config, ids, hint = self.config, masking.ids_masked, self.gradient_hint
         if config.loss == "cosine":
             if teacher is None:
                 raise ValueError("loss=cosine: needs teacher features [B, L+1, P]; pass teacher=")
-            features = masked_features(teacher, ids)
-            return lambda pred: cosine_loss(pred, features)
-        target = masked_pixels(images, ids, patch_size=config.patch_size, norm_pix=config.norm_pix)
-        return lambda pred: pixel_loss(pred, target)
+            return lambda _name, preds: masked_cosine(
+                *preds, teacher, ids=ids, teacher_prefix_tokens=1, hint=hint
+            )
+        return lambda _name, preds: masked_mse(
+            preds[0],
+            images,
+            ids=ids,
+            patch_size=config.patch_size,
+            norm_pix=config.norm_pix,
+            pred2=preds[1] if len(preds) > 1 else None,
+            hint=hint,
+            **pixel_scale(images),
+        )

@@ -18,7 +18,6 @@ from torch import Tensor
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.ds_config import Precision
 from deepmim_scale.models.masking import masking_from_noise
-from deepmim_scale.models.model import sum_predictions
 from deepmim_scale.models.stage import (
     Criterion,
     State,
@@ -40,7 +39,8 @@ EVALUATION_PAYLOADS = frozenset({"activation", "prediction"})
 
 @dataclass
 class MicroBatch:
-    """What every stage has of a micro-batch: images [B, C, H, W] normalised, noise [B, L]."""
+    """What every stage has of a micro-batch: images [B, C, H, W] (uint8 or normalised float),
+    noise [B, L] and, for loss cosine, the teacher's features [B, L+1, P]."""
 
     images: Tensor
     noise: Tensor
@@ -88,6 +88,8 @@ class Executor:
         self._current = schedule.ranks[rank][-1]
         names = decoder_names(config)
         self._names = [[names[config.taps[k]] for k in stage.decoders] for stage in layout]
+        for stage in stages.stages.values():
+            stage.gradient_hint = loss_weight(config) / schedule.num_microbatches
         self._run: dict[Kind, Callable[[Instruction], None]] = {
             "forward": self._forward,
             "decoder": self._decoder,
@@ -243,7 +245,7 @@ class Executor:
     def _decoder(self, step: Instruction) -> None:
         with self._queue(self._at(step).decoder_queue):
             for name in self._names[step.stage]:
-                self._add_loss(name, self._criterion(step)(self._predict(step, name)))
+                self._add_loss(name, self._criterion(step)(name, [self._predict(step, name)]))
 
     def _decoder_forward(self, step: Instruction) -> None:
         work, pipeline = self._at(step), self.schedule.pipeline
@@ -278,7 +280,7 @@ class Executor:
                 predictions = [ready[m] if m in ready else self._predict(step, m) for m in members]
                 for member in members:
                     work.predictions.pop(member, None)
-                self._add_loss(name, self._criterion(step)(sum_predictions(predictions)))
+                self._add_loss(name, self._criterion(step)(name, predictions))
         if partners and self._backward is not None:
             gradients = tuple(_gradient(partners[name]) for name in self._names[partner])
             self._post("prediction_gradient", step, partner, gradients)
