@@ -231,6 +231,10 @@ class RunConfig(Frozen):
     """local: no gradient crosses a stage boundary; a different algorithm."""
     recompute: Literal["none", "encoder", "all"] = "none"
     """Keep inputs only of encoder blocks (all: and of decoders) and run them again: exact."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Fused Triton kernels where the GPU has them, always, or plain torch."""
+    compile: bool = False
+    """Compile encoder and decoder blocks one by one with torch.compile."""
     timeout: float = 600.0
     """Longest wait for another process, s."""
     reduction: Literal["coalesced", "per_microbatch"] = "coalesced"
@@ -277,6 +281,8 @@ class RunConfig(Frozen):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
+        _require(not (self.compile and self.schedule == "dib_w"), "compile", True,
+                 "dib_w queues weight gradients in Python; use schedule dib")  # fmt: skip
         _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "must lie in (0, 1]")
         return self
 

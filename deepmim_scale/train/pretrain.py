@@ -70,6 +70,9 @@ def pretrain(config: RunConfig) -> None:
             f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
             "use ds_configs/cpu_fp32.json"
         )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.kernels == "triton" and not (torch.cuda.is_available() or interpreted):
+        raise ConfigError("kernels=triton: needs a GPU; use --kernels auto")
     ds_config, filled_in = resolve_ds_config(given, config, batch)
     if config.optimizer == "apex":
         zero.check_apex()

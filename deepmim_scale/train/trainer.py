@@ -23,6 +23,7 @@ from deepmim_scale.data.loader import build_backend
 from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.ds_config import BatchSizes, precision_of
+from deepmim_scale.models.blocks import compile_blocks
 from deepmim_scale.models.stage import decoder_names, loss_members, loss_weight
 from deepmim_scale.models.weight_queue import split_weight_gradients
 from deepmim_scale.parallel import zero
@@ -86,6 +87,8 @@ class Trainer:
         self.teacher = task.teacher.to(device) if task.teacher and has_decoders else None
         if schedule.style.split:
             split_weight_gradients(stages)
+        if config.compile:
+            compile_blocks(stages)
         if self.checkpoint is not None:
             load_weights(self.checkpoint, stages)
         stages.to(device)
@@ -245,11 +248,11 @@ class Trainer:
         return row, applied
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        images = normalise(batch.images.to(self.device, non_blocking=True))
+        images = batch.images.to(self.device, non_blocking=True)
         features = None
         if self.teacher is not None:
             with zero.autocast(self.precision, self.device):
-                features = self.teacher(images)
+                features = self.teacher(normalise(images))
         return MicroBatch(images, batch.noise.to(self.device, non_blocking=True), features)
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:
