@@ -23,6 +23,11 @@ def even_taps(depth: int, num_taps: int) -> tuple[int, ...]:
     return tuple(round(depth * k / num_taps) for k in range(1, num_taps + 1))
 
 
+def even_alphas(num_taps: int) -> tuple[float, ...]:
+    """Shares of raw pixels in hybrid targets, from 0 at the first tap evenly to 1 at the last."""
+    return (*(k / (num_taps - 1) for k in range(num_taps - 1)), 1.0)
+
+
 def _taps_from_words(words: list[str]) -> tuple[int, ...]:
     # `even` cannot be spread before the depth is known: it travels as a negative count.
     text = ",".join(words)
@@ -101,6 +106,8 @@ class ModelConfig(Frozen):
     """DeepMIM: numbers (from 1) of the blocks that feed a decoder, or `even` / `even:N`."""
     teacher_dim: int = 512
     """Width of the teacher's features (cosine loss)."""
+    hybrid_alphas: tuple[float, ...] = ()
+    """Share of raw pixels in each tap's target (default: all raw, with --hybrid 0 to 1 evenly)."""
     masked_query: bool = True
     """Run the last decoder block for the masked tokens only: exact, fewer FLOPs."""
 
@@ -146,6 +153,14 @@ class ModelConfig(Frozen):
         _require(0 < self.num_visible < self.num_patches, "mask_ratio", self.mask_ratio,
                  f"leaves {self.num_visible} of {self.num_patches} patches visible; "
                  "at least one must be visible and one masked")  # fmt: skip
+        if self.hybrid_alphas:
+            alphas = ",".join(f"{alpha:g}" for alpha in self.hybrid_alphas)
+            _require(self.method == "deepmim" and self.loss == "pixel", "hybrid_alphas", alphas,
+                     "hybrid targets are for method deepmim and loss pixel")  # fmt: skip
+            _require(len(self.hybrid_alphas) == len(self.taps), "hybrid_alphas", alphas,
+                     f"must be {len(self.taps)} numbers, one per tap")  # fmt: skip
+            _require(all(0 <= alpha <= 1 for alpha in self.hybrid_alphas), "hybrid_alphas", alphas,
+                     "must lie in [0, 1]")  # fmt: skip
         if self.method == "mirl":
             _divides("depth", self.depth, "num_segments", self.num_segments)
             _divides("num_segments", self.num_segments, "segments of a pair", 2)
@@ -185,6 +200,8 @@ class RunConfig(Frozen):
     """Loss cosine: open_clip model, or local-dir:FOLDER; OpenAI's weights need QuickGELU."""
     teacher_weights: str = "openai"
     """Loss cosine: an open_clip tag (downloaded at the start), or a state-dict file."""
+    hybrid: str = ""
+    """DeepMIM's hybrid targets: a run of method mae whose reconstructions are mixed in."""
     data: str = ""
     """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it is held out), or DIR itself."""
     output: str = ""
@@ -283,6 +300,8 @@ class RunConfig(Frozen):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
         _require(not (self.compile and self.schedule == "dib_w"), "compile", True,
                  "dib_w queues weight gradients in Python; use schedule dib")  # fmt: skip
+        _require(bool(self.hybrid) or not self.model.hybrid_alphas, "hybrid_alphas",
+                 self.model.hybrid_alphas, "need a run of method mae; give --hybrid RUN")  # fmt: skip
         _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "must lie in (0, 1]")
         return self
 

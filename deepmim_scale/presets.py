@@ -11,9 +11,9 @@ from typing import Any
 
 from deepmim_scale.config import ConfigError, ModelConfig, RunConfig, even_taps
 
-VIT_S = {"embed_dim": 384, "num_heads": 12}
-VIT_B = {"embed_dim": 768, "num_heads": 12}
-VIT_L = {"embed_dim": 1024, "num_heads": 16}
+VIT_S: dict[str, Any] = {"embed_dim": 384, "num_heads": 12}
+VIT_B: dict[str, Any] = {"embed_dim": 768, "num_heads": 12}
+VIT_L: dict[str, Any] = {"embed_dim": 1024, "num_heads": 16}
 
 
 def _debug(**model: Any) -> RunConfig:

@@ -92,7 +92,7 @@ def problem(folder: Path) -> str | None:
 
 def newest(run: str | Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint of a run, and what was wrong with newer ones."""
-    problems = []
+    problems: list[str] = []
     for folder in reversed(saved(run)):
         found = problem(folder)
         if found is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ def position_table(dim: int, grid_size: int) -> nn.Parameter:
     """MAE's frozen sin-cos table [1, L+1, dim]: row 0 (CLS) zeros, then columns | rows."""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
     index = np.arange(grid_size)
-    column, row = np.tile(index, grid_size)[:, None] * omega, np.repeat(index, grid_size)[:, None]
-    row = row * omega
+    column = np.tile(index, grid_size)[:, None] * omega
+    row = np.repeat(index, grid_size)[:, None] * omega
     table = np.hstack([np.sin(column), np.cos(column), np.sin(row), np.cos(row)])
     table = np.vstack([np.zeros(dim), table]).astype(np.float32)
     return nn.Parameter(torch.from_numpy(table).unsqueeze(0), requires_grad=False)
@@ -52,7 +53,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def queried_attention(attn: nn.Module, x: Tensor, queries: Tensor) -> Tensor:
+def queried_attention(attn: Any, x: Tensor, queries: Tensor) -> Tensor:
     """timm's self-attention for `queries` [B, M, D] only, with keys and values from x [B, N, D]."""
     dim = x.shape[-1]
     q = linear(attn.qkv, queries, slice(0, dim))
@@ -64,7 +65,9 @@ def queried_attention(attn: nn.Module, x: Tensor, queries: Tensor) -> Tensor:
 class DecoderBlock(Block):
     """timm's block that can answer for some tokens only."""
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, ids: Tensor | None = None
+    ) -> Tensor:
         """x [B, N, D] -> [B, N, D], or [B, M, D] at the tokens ids [B, M]: exact there."""
         if ids is None:
             return super().forward(x)

@@ -83,7 +83,7 @@ class Stage(nn.Module):
                 for number in range(first, last + 1)
             }
         )
-        self.norm = LayerNorm(config.embed_dim) if is_last else None
+        self.norm = LayerNorm(config.embed_dim) if is_last else nn.Identity()
         names = {n: name for n, name in decoder_names(config).items() if first <= n <= last}
         self.decoder_names = names
         if config.method == "mirl":
@@ -150,22 +150,27 @@ class Stage(nn.Module):
     def criterion(self, images: Tensor, masking: Masking, teacher: Tensor | None) -> Criterion:
         """The loss of predictions [B, L-K, P] of the masked patches: one, or a pair to be summed.
 
-        images [B, C, H, W] uint8 or normalised; teacher [B, L+1, P] for loss cosine.
+        images [B, C, H, W] uint8 or normalised; teacher [B, L+1, P] for loss cosine, or the
+        reconstruction [B, L-K, P] for hybrid targets.
         """
         config, ids, hint = self.config, masking.ids_masked, self.gradient_hint
         if config.loss == "cosine":
             if teacher is None:
                 raise ValueError("loss=cosine: needs teacher features [B, L+1, P]; pass teacher=")
             return lambda _name, preds: masked_cosine(
-                *preds, teacher, ids=ids, teacher_prefix_tokens=1, hint=hint
+                preds[0], teacher, ids=ids, teacher_prefix_tokens=1, hint=hint
             )
-        return lambda _name, preds: masked_mse(
+        if config.hybrid_alphas and teacher is None:
+            raise ValueError("hybrid_alphas: need a reconstruction [B, L-K, P]; pass teacher=")
+        alphas = dict(zip(loss_members(config), config.hybrid_alphas, strict=False))
+        return lambda name, preds: masked_mse(
             preds[0],
             images,
             ids=ids,
             patch_size=config.patch_size,
             norm_pix=config.norm_pix,
             pred2=preds[1] if len(preds) > 1 else None,
+            hybrid=(teacher, alphas[name]) if alphas.get(name, 1.0) < 1 else None,
             hint=hint,
             **pixel_scale(images),
         )

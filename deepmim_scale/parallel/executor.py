@@ -88,8 +88,8 @@ class Executor:
         self._current = schedule.ranks[rank][-1]
         names = decoder_names(config)
         self._names = [[names[config.taps[k]] for k in stage.decoders] for stage in layout]
-        for stage in stages.stages.values():
-            stage.gradient_hint = loss_weight(config) / schedule.num_microbatches
+        for number in schedule.pipeline.stages_of(rank):
+            stages[number].gradient_hint = loss_weight(config) / schedule.num_microbatches
         self._run: dict[Kind, Callable[[Instruction], None]] = {
             "forward": self._forward,
             "decoder": self._decoder,
@@ -203,15 +203,18 @@ class Executor:
     def _post(self, payload: Payload, step: Instruction, target: int, tensors: State) -> None:
         self._mail[payload, step.stage, target, step.microbatch] = tensors
 
+    def _take(self, payload: Payload, source: int, step: Instruction) -> State:
+        return self._mail.pop((payload, source, step.stage, step.microbatch))
+
     def _forward(self, step: Instruction) -> None:
         stage, work, mask = self.stages[step.stage], self._at(step), self._masks[step.microbatch]
         with self._queue(work.encoder_queue):
             if step.stage == 0:
                 state = stage.embed(self._batches[step.microbatch].images, mask)
             else:
-                mail = self._mail.pop(("activation", step.stage - 1, step.stage, step.microbatch))
+                sent = self._take("activation", step.stage - 1, step)
                 training = torch.is_grad_enabled()
-                state = work.inputs = tuple(t.detach().requires_grad_(training) for t in mail)
+                state = work.inputs = tuple(t.detach().requires_grad_(training) for t in sent)
 
             def tap(name: str, tensors: State) -> State:
                 onward, leaves = zip(*map(detach_tap, tensors), strict=True)
@@ -262,17 +265,17 @@ class Executor:
         work, partner = self._at(step), self.schedule.pipeline.partner(step.stage)
         if self._is_shallow(step.stage):
             if self._backward is not None:
-                mail = ("prediction_gradient", partner, step.stage, step.microbatch)
-                self._backward(seed(tuple(work.predictions.values()), self._mail.pop(mail)))
+                gradients = self._take("prediction_gradient", partner, step)
+                self._backward(seed(tuple(work.predictions.values()), gradients))
             work.predictions = {}
             return
         partners: dict[str, Tensor] = {}
         if self.schedule.pipeline.paired and partner < step.stage:
-            mail = self._mail.pop(("prediction", partner, step.stage, step.microbatch))
+            sent = self._take("prediction", partner, step)
             training = torch.is_grad_enabled()
             partners = {
                 name: prediction.detach().requires_grad_(training)
-                for name, prediction in zip(self._names[partner], mail, strict=True)
+                for name, prediction in zip(self._names[partner], sent, strict=True)
             }
         with self._queue(work.decoder_queue):
             for name, members in self._losses_of(step.stage).items():
@@ -289,7 +292,7 @@ class Executor:
         work, pipeline = self._at(step), self.schedule.pipeline
         gradients: tuple[Tensor | None, ...] = (None,) * len(work.outputs)
         if step.stage + 1 < pipeline.num_stages and not pipeline.local_gradients:
-            gradients = self._mail.pop(("gradient", step.stage + 1, step.stage, step.microbatch))
+            gradients = self._take("gradient", step.stage + 1, step)
         assert self._backward is not None, "evaluation has no backward"
         with self._queue(work.encoder_queue):
             self._backward(seed(work.outputs, gradients))

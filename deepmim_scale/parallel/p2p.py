@@ -37,7 +37,7 @@ class Channels:
         # gloo carries no CUDA tensors point to point: several stages may share one GPU this way.
         self._through_host = dist.get_backend() == "gloo" and device.type == "cuda"
         self._sends: list[tuple[Any, Tensor]] = []
-        self._groups: dict[tuple[Payload, bool], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[Payload, bool], Any] = {}
         if len(ranks) > 1:
             payloads = PAYLOADS if pipeline.paired else PAYLOADS[:2]
             # A communicator per payload and direction: none waits behind another's message.
@@ -47,7 +47,7 @@ class Channels:
                         ranks, timeout=self._timeout, use_local_synchronization=True
                     )
 
-    def _channel(self, message: Instruction) -> tuple[dist.ProcessGroup, int]:
+    def _channel(self, message: Instruction) -> tuple[Any, int]:
         assert message.payload is not None, f"{message} is no message"
         assert message.peer is not None, f"{message} has no peer"
         mine, theirs = (self._pipeline.rank_of(s) for s in (message.stage, message.peer))
@@ -57,6 +57,7 @@ class Channels:
     def send(self, message: Instruction, tensors: tuple[Tensor, ...]) -> None:
         """Start sending; returns at once."""
         group, peer = self._channel(message)
+        assert message.payload is not None, f"{message} is no message"
         for tensor in tensors:
             tensor = tensor.contiguous()
             self.bytes_sent[message.payload] += tensor.numel() * tensor.element_size()
@@ -71,6 +72,7 @@ class Channels:
         where = torch.device("cpu") if self._through_host else self._device
         tensors = [spec.empty(where) for spec in specs]
         for work in [dist.irecv(tensor, peer, group=group) for tensor in tensors]:
+            assert work is not None, "this rank belongs to its own channels"
             work.wait(self._timeout)
         return tuple(tensor.to(self._device) for tensor in tensors)
 

@@ -39,7 +39,7 @@ from deepspeed.utils import (
 )
 
 Reduction = Literal["coalesced", "per_microbatch"]
-Engine = deepspeed.DeepSpeedEngine
+Engine = Any  # a deepspeed.DeepSpeedEngine, which has no types
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _COMMUNICATION = {"bfloat16": "bf16", "float16": "fp16"}

@@ -44,10 +44,11 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Features [B, L+1, P], CLS first, of images [B, 3, S, S] normalised as `normalise` does.
 
-        All tokens pass the last LayerNorm and the projection, not only CLS as in CLIP itself.
+        All tokens pass the last LayerNorm and the projection, not only CLS as in CLIP itself. The
+        mask's `noise` changes nothing: the teacher sees whole images.
         """
         pooled, tokens = self.visual(images * self.scale + self.shift)
         return torch.cat([pooled.unsqueeze(1), tokens @ self.visual.proj], dim=1)

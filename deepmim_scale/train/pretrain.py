@@ -31,8 +31,8 @@ def pretrain(config: RunConfig) -> None:
         resolve_batch,
         resolve_ds_config,
     )
-    from deepmim_scale.targets import require_open_clip
     from deepmim_scale.train.run_folder import check_output
+    from deepmim_scale.train.teachers import build_teacher, check_teacher
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.stages:
@@ -40,9 +40,7 @@ def pretrain(config: RunConfig) -> None:
             f"stages={config.stages}: must divide the {world} processes; "
             "change --stages or the launcher's number of processes"
         )
-    needs_teacher = config.model.loss == "cosine"
-    if needs_teacher:
-        require_open_clip()
+    config = check_teacher(config)
     batch = resolve_batch(config, num_replicas=world // config.stages)
     pipeline = training_plan(config, batch.microbatches)
     config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
@@ -60,7 +58,6 @@ def pretrain(config: RunConfig) -> None:
 
     from deepmim_scale.parallel import failure, zero
     from deepmim_scale.parallel.executor import Executor
-    from deepmim_scale.targets.clip import load_teacher
     from deepmim_scale.train.trainer import Task, Trainer
 
     if given is None:
@@ -76,10 +73,8 @@ def pretrain(config: RunConfig) -> None:
     ds_config, filled_in = resolve_ds_config(given, config, batch)
     if config.optimizer == "apex":
         zero.check_apex()
-    # Every rank, so that a mistake is told before any rank waits for another.
-    teacher = None
-    if needs_teacher:
-        teacher = load_teacher(config.teacher, config.teacher_weights, config.model)
+    # On every rank, so that a mistake is told before any rank waits for another.
+    teacher = build_teacher(config)
     if _speaks():
         print(f"preset {config.preset}: {' '.join(difference(config)) or 'unchanged'}")
         print(f"data: {train.describe()}" + (f"; held out {len(held_out)}" if held_out else ""))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import load_optimizer, load_weights, save_checkpoint
@@ -31,7 +32,6 @@ from deepmim_scale.parallel.executor import Executor, MicroBatch
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import build_rank
 from deepmim_scale.plan.training import TrainingPlan
-from deepmim_scale.targets.clip import Teacher
 from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
@@ -55,8 +55,8 @@ class Task:
     held_out: Manifest | None
     may_resume: bool
     """The output folder holds this run."""
-    teacher: Teacher | None
-    """Gives loss cosine its targets."""
+    teacher: nn.Module | None
+    """Gives targets from (images, noise) where they are not raw pixels."""
 
 
 class Trainer:
@@ -184,7 +184,7 @@ class Trainer:
         )
         self.progress.say(reason)
         # The feed's collectives run on its own thread: they need a communicator of their own.
-        group = dist.new_group(self.grid.pp_group, use_local_synchronization=True)
+        group: Any = dist.new_group(self.grid.pp_group, use_local_synchronization=True)
         return build_feed(
             config,
             self.task.train,
@@ -249,11 +249,11 @@ class Trainer:
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         images = batch.images.to(self.device, non_blocking=True)
-        features = None
-        if self.teacher is not None:
-            with zero.autocast(self.precision, self.device):
-                features = self.teacher(normalise(images))
-        return MicroBatch(images, batch.noise.to(self.device, non_blocking=True), features)
+        noise = batch.noise.to(self.device, non_blocking=True)
+        if self.teacher is None:
+            return MicroBatch(images, noise)
+        with zero.autocast(self.precision, self.device):
+            return MicroBatch(images, noise, self.teacher(normalise(images), noise))
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
