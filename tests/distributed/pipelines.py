@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepmim_scale.checkpoint.save import load_optimizer, load_weights
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
@@ -66,7 +67,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 class Pipeline:
     """One case's engine and executor on this rank."""
 
-    def __init__(self, case: dict[str, Any]) -> None:
+    def __init__(self, case: dict[str, Any], checkpoint: Path | None = None) -> None:
         self.config, self.microbatches = run_config(case), case["microbatches"]
         config = self.config
         self.plan: TrainingPlan = training_plan(config, self.microbatches)
@@ -80,6 +81,8 @@ class Pipeline:
         )  # fmt: skip
         if schedule.style.split:
             split_weight_gradients(self.stages)
+        if checkpoint is not None:
+            load_weights(checkpoint, self.stages)
         content = settings_of(case)
         sizes = BatchSizes(BATCH, self.microbatches, replicas)
         settings, _ = resolve_ds_config(content, config, sizes)
@@ -88,6 +91,8 @@ class Pipeline:
             "adamw", parameter_groups(self.stages, 0.05), betas=(0.9, 0.95), eps=EPS, device=device
         )
         self.engine = zero.build_engine(self.stages, optimizer, settings, self.grid)
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.engine)
         self.channels = Channels(schedule.pipeline, self.grid.pp_group, device, 60.0)
         self.executor = Executor(
             schedule, self.rank, self.stages, self.channels, config.model, self.plan.layout,
