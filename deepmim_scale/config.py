@@ -244,6 +244,8 @@ class RunConfig(Frozen):
     """v: rank r holds stages r and 2P - 1 - r, so that MIRL's pairs stay on one device."""
     layout: str = ""
     """Stages as 6d|2d|2d|2d: blocks, and d for a decoder (default: the fastest cut)."""
+    reschedule_after: int = 0
+    """Step after which the schedule is rebuilt from measured times; 0 keeps the predicted one."""
     gradient_flow: Literal["full", "local"] = "full"
     """local: no gradient crosses a stage boundary; a different algorithm."""
     recompute: Literal["none", "encoder", "all"] = "none"
@@ -294,14 +296,15 @@ class RunConfig(Frozen):
             value = getattr(self, key)
             _require(value is None or value > 0, key, value, "must be positive")
         for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every", "seed",
-                    "check_feed"):  # fmt: skip
+                    "check_feed", "reschedule_after"):  # fmt: skip
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
         _require(not (self.compile and self.schedule == "dib_w"), "compile", True,
                  "dib_w queues weight gradients in Python; use schedule dib")  # fmt: skip
-        _require(bool(self.hybrid) or not self.model.hybrid_alphas, "hybrid_alphas",
-                 self.model.hybrid_alphas, "need a run of method mae; give --hybrid RUN")  # fmt: skip
+        alphas = self.model.hybrid_alphas
+        _require(bool(self.hybrid) or not alphas, "hybrid_alphas", alphas,
+                 "need a run of method mae; give --hybrid RUN")  # fmt: skip
         _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "must lie in (0, 1]")
         return self
 

@@ -11,12 +11,12 @@ import numpy as np
 def falls(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Mean of each loss over the first and over the last tenth of the rows."""
     tenth = max(len(rows) // 10, 1)
+
+    def mean(name: str, part: list[dict[str, Any]]) -> float:
+        return float(np.mean([row["losses"][name] for row in part]))
+
     return {
-        name: tuple(
-            float(np.mean([row["losses"][name] for row in part]))
-            for part in (rows[:tenth], rows[-tenth:])
-        )
-        for name in rows[0]["losses"]
+        name: (mean(name, rows[:tenth]), mean(name, rows[-tenth:])) for name in rows[0]["losses"]
     }
 
 

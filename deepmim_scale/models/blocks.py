@@ -26,7 +26,8 @@ def transformer_block(
     dim: int, num_heads: int, mlp_ratio: float, kind: type[Block] = Block
 ) -> Block:
     """timm's pre-norm block as MAE uses it: biased qkv, exact GELU, no dropout, no layer scale."""
-    return kind(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+    norm: Any = LayerNorm
+    return kind(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
 
 
 def position_table(dim: int, grid_size: int) -> nn.Parameter:

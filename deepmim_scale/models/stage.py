@@ -162,7 +162,8 @@ class Stage(nn.Module):
             )
         if config.hybrid_alphas and teacher is None:
             raise ValueError("hybrid_alphas: need a reconstruction [B, L-K, P]; pass teacher=")
-        alphas = dict(zip(loss_members(config), config.hybrid_alphas, strict=False))
+        shares = zip(loss_members(config), config.hybrid_alphas, strict=False)
+        mixed = {name: (teacher, a) for name, a in shares if a < 1 and teacher is not None}
         return lambda name, preds: masked_mse(
             preds[0],
             images,
@@ -170,7 +171,7 @@ class Stage(nn.Module):
             patch_size=config.patch_size,
             norm_pix=config.norm_pix,
             pred2=preds[1] if len(preds) > 1 else None,
-            hybrid=(teacher, alphas[name]) if alphas.get(name, 1.0) < 1 else None,
+            hybrid=mixed.get(name),
             hint=hint,
             **pixel_scale(images),
         )

@@ -7,7 +7,6 @@ Legend: M micro-batches of a step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from deepmim_scale.models.stage import (
 from deepmim_scale.models.taps import Leaf, detach_tap, seed
 from deepmim_scale.models.weight_queue import WeightQueue, filled
 from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.clock import Clock
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import RankStages, message_specs
 from deepmim_scale.plan.partition import Layout
@@ -80,8 +80,8 @@ class Executor:
     ) -> None:
         self.schedule, self.rank, self.stages, self.channels = schedule, rank, stages, channels
         self.config, self.layout, self.precision, self.device = config, layout, precision, device
-        self.seconds: list[tuple[Instruction, float, float]] = []
-        """Instructions of the last step with their start and end (host clock, s)."""
+        self._clock = Clock(device)
+        self._marks: list[tuple[Instruction, Any, Any]] = []
         self.on_failure: Callable[[RuntimeError], object] = lambda error: None
         """Called where an instruction fails, before its callers clean up: on its way out of a step
         DeepSpeed would reduce gradients, with peers that are elsewhere or gone."""
@@ -160,10 +160,10 @@ class Executor:
         self._batches = list(batches)
         self._masks = [masking_from_noise(b.noise, self.config.num_visible) for b in batches]
         self._criteria: dict[int, Criterion] = {}
-        self.seconds = []
+        self._marks = []
         for step in steps:
             self._current = step
-            began = time.perf_counter()
+            began = self._clock.mark()
             try:
                 with zero.autocast(self.precision, self.device):
                     self._run[step.kind](step)
@@ -171,7 +171,7 @@ class Executor:
                 self.on_failure(error)
                 rank = torch.distributed.get_rank()
                 raise StepFailed(f"rank {rank}, {self.where}: {error}") from error
-            self.seconds.append((step, began, time.perf_counter()))
+            self._marks.append((step, began, self._clock.mark()))
         return self._losses
 
     @property
@@ -184,15 +184,20 @@ class Executor:
         peer = "" if step.peer is None else f" (peer: stage {step.peer})"
         return f"stage {step.stage}, micro-batch {m}, instruction {what}{peer}"
 
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds of the last step in which this rank computed (messages and waits left out)."""
-        return sum(end - start for step, start, end in self.seconds if step.payload is None)
+    def seconds(self) -> dict[tuple[Kind, int], float]:
+        """What the last step's computations took on average, s, by kind and stage."""
+        found: dict[tuple[Kind, int], list[float]] = {}
+        for step, start, end in self._marks:
+            if step.payload is None and step.kind != "flush":
+                seconds = self._clock.seconds(start, end)
+                found.setdefault((step.kind, step.stage), []).append(seconds)
+        return {key: sum(values) / len(values) for key, values in found.items()}
 
-    @property
-    def step_seconds(self) -> float:
-        """Seconds of the last step from its first instruction to its last."""
-        return self.seconds[-1][2] - self.seconds[0][1]
+    def busy_and_step_seconds(self) -> tuple[float, float]:
+        """Seconds of the last step in which this rank computed, and seconds of the whole step."""
+        count = self.schedule.num_microbatches
+        busy = sum(count * seconds for seconds in self.seconds().values())
+        return busy, self._clock.seconds(self._marks[0][1], self._marks[-1][2])
 
     def _at(self, step: Instruction) -> _Work:
         return self._work.setdefault((step.stage, step.microbatch), _Work())

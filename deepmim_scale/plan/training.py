@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepmim_scale.config import ConfigError, ModelConfig, RunConfig
-from deepmim_scale.plan.estimate import layout_of, memory_of, pipeline_of, times_of
+from deepmim_scale.plan.estimate import (
+    layout_of,
+    memory_of,
+    pipeline_of,
+    profiled_times,
+    times_of,
+)
 from deepmim_scale.plan.generate import Built, build
 from deepmim_scale.plan.legal import check_combination
 from deepmim_scale.plan.partition import Layout, format_layout, parse_layout
-from deepmim_scale.plan.schedule import Placement
+from deepmim_scale.plan.schedule import Kind, Placement
 from deepmim_scale.plan.validate import validate
 
 # Only proportions matter to the order of a schedule.
@@ -40,8 +47,16 @@ def choose_layout(model: ModelConfig, stages: int, placement: Placement, text: s
     return layout
 
 
-def training_plan(config: RunConfig, num_microbatches: int) -> TrainingPlan:
-    """Layout and checked schedule of a run; ConfigError for an illegal combination."""
+def training_plan(
+    config: RunConfig,
+    num_microbatches: int,
+    measured: Mapping[tuple[Kind, int], float] | None = None,
+) -> TrainingPlan:
+    """Layout and checked schedule of a run; ConfigError for an illegal combination.
+
+    The schedule is built for times in proportion to FLOPs, or for `measured` seconds by kind and
+    stage where they are given.
+    """
     model = config.model
     check_combination(
         model, config.stages, config.schedule, config.placement, config.reduction,
@@ -59,6 +74,8 @@ def training_plan(config: RunConfig, num_microbatches: int) -> TrainingPlan:
     times = times_of(
         model, layout, config.microbatch_size, _FLOPS_PER_SECOND, split=config.schedule == "dib_w"
     )
+    if measured is not None:
+        times = profiled_times(measured, times)
     built = build(
         config.schedule,
         pipeline_of(model, layout, config.placement, config.gradient_flow),

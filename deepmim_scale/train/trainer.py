@@ -31,7 +31,7 @@ from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.executor import Executor, MicroBatch
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import build_rank
-from deepmim_scale.plan.training import TrainingPlan
+from deepmim_scale.plan.training import TrainingPlan, training_plan
 from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
@@ -157,6 +157,8 @@ class Trainer:
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
                         raise RuntimeError(f"{skipped} steps in a row overflowed; see metrics")
+                    if self.step == config.reschedule_after:
+                        self.reschedule()
                     if self._validates_after(self.step):
                         row |= self.validate()
                     if writer is not None:
@@ -223,9 +225,10 @@ class Trainer:
         self.updates += applied
         # A loss is known on the rank that evaluates it; elsewhere it counts as 0.
         mine = [float(sums.get(name, 0.0)) / len(batches) for name in names]
-        everyone = self._gather([*mine, peak_memory_gib(self.device), self.executor.busy_seconds])
+        busy, whole = self.executor.busy_and_step_seconds()
+        everyone = self._gather([*mine, peak_memory_gib(self.device), 1 - busy / whole])
         replicas = self.task.batch.num_replicas
-        *by_loss, memory, busy = map(list, zip(*everyone, strict=True))
+        *by_loss, memory, idle = map(list, zip(*everyone, strict=True))
         losses = {n: sum(x) / replicas for n, x in zip(names, by_loss, strict=True)}
         seconds = time.perf_counter() - began + wait_seconds
         world = dist.get_world_size()
@@ -242,7 +245,7 @@ class Trainer:
             "seconds": seconds,
             **throughput(config.model, self.task.batch.global_batch, seconds, world, self.device),
             "peak_memory_gib": memory,
-            "idle_fraction": [1 - spent / self.executor.step_seconds for spent in busy],
+            "idle_fraction": idle,
             "loader_wait_ms": wait_seconds * 1e3,
         }
         return row, applied
@@ -289,6 +292,25 @@ class Trainer:
         losses = dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
         total = sum(losses.values()) * loss_weight(self.config.model)
         return {"validation_loss": total, "validation_losses": losses}
+
+    def reschedule(self) -> None:
+        """Build the schedule again from what its instructions took in the last step.
+
+        Only the order of work changes: sums keep theirs, and so does every bit of the weights.
+        """
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.executor.seconds())
+        found: dict[Any, list[float]] = {}
+        for part in everyone:
+            for key, seconds in part.items():
+                found.setdefault(key, []).append(seconds)
+        measured = {key: sum(values) / len(values) for key, values in found.items()}
+        built = training_plan(self.config, self.task.batch.microbatches, measured).built
+        self.executor.schedule = built.schedule
+        self.progress.say(
+            f"schedule rebuilt from measured times: simulated {built.timeline.makespan * 1e3:.1f} "
+            f"ms per step, idle share {built.timeline.idle_fraction:.1%}"
+        )
 
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the oldest ones."""
