@@ -121,6 +121,7 @@ class ModelConfig(Frozen):
             value = _taps_from_words([value])
         value, depth = tuple(value), data["depth"]
         even = len(value) == 1 and value[0] < 0
+        expected: tuple[int, ...]
         if data["method"] == "mae":
             expected, rule = (depth,), "mae has one decoder, after the last block"
         elif data["method"] == "mirl":

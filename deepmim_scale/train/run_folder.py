@@ -13,11 +13,11 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # Changing these does not change what is trained.
 _FREE = frozenset(
-    """preset data output microbatch_size microbatches stages schedule placement layout
-    reschedule_after recompute reduction kernels compile timeout loader decode loader_threads
-    prefetch feed check_feed validate_every save_every keep_checkpoints print_every resume
-    profile""".split()
-)
+    {"preset", "data", "output", "microbatch_size", "microbatches", "stages", "schedule",
+     "placement", "layout", "reschedule_after", "recompute", "reduction", "kernels", "compile",
+     "timeout", "loader", "decode", "loader_threads", "prefetch", "feed", "check_feed",
+     "validate_every", "save_every", "keep_checkpoints", "print_every", "resume", "profile"}
+)  # fmt: skip
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
