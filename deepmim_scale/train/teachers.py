@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # What makes two models predict the same patches in the same space.
-SHARED = ("img_size", "patch_size", "in_chans", "norm_pix", "mask_ratio")
+SHARED = ("loss", "img_size", "patch_size", "in_chans", "norm_pix", "mask_ratio")
 
 
 def check_teacher(config: RunConfig) -> RunConfig:
