@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from deepmim_scale.config import ConfigError, Frozen, RunConfig, validated
+from deepmim_scale.config import UNSET_TAPS, ConfigError, Frozen, RunConfig, validated
 from deepmim_scale.presets import PRESETS, load_preset
 
 Arguments = TypeVar("Arguments", bound=Frozen)
@@ -109,6 +109,10 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
         default = default.model_copy(update={"global_batch": None})
     if "--epochs" in words and "--steps" not in words:
         default = default.model_copy(update={"steps": None})
+    if words & {"--depth", "--num-segments"} and default.model.method != "deepmim":
+        # MAE's and MIRL's taps follow from the depth; a preset carries them filled in.
+        model = default.model.model_copy(update={"taps": UNSET_TAPS})
+        default = default.model_copy(update={"model": model})
     config = parse(RunConfig, rest, prog=prog, default=default)
     return config.model_copy(update={"output": config.output or f"runs/{config.preset}"})
 

@@ -12,6 +12,8 @@ import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 NUM_EVEN_TAPS = 4
+# Taps that are still to be spread: a negative count.
+UNSET_TAPS = (-NUM_EVEN_TAPS,)
 
 
 class ConfigError(ValueError):
@@ -102,7 +104,7 @@ class ModelConfig(Frozen):
     """Share of patches removed; int(num_patches * (1 - mask_ratio)) stay visible, as in MAE."""
     num_segments: int = 6
     """MIRL: equal runs of blocks; segment g is paired with segment num_segments + 1 - g."""
-    taps: Taps = (-NUM_EVEN_TAPS,)
+    taps: Taps = UNSET_TAPS
     """DeepMIM: numbers (from 1) of the blocks that feed a decoder, or `even` / `even:N`."""
     teacher_dim: int = 512
     """Width of the teacher's features (cosine loss)."""

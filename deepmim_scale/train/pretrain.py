@@ -62,7 +62,7 @@ def pretrain(config: RunConfig) -> None:
 
     if given is None:
         given = load_ds_config(bundled(_default_ds_config()))
-    if precision_of(given).endswith("float16") and not torch.cuda.is_available():
+    if precision_of(given) in ("float16", "pure_float16") and not torch.cuda.is_available():
         raise ConfigError(
             f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
             "use ds_configs/cpu_fp32.json"

@@ -63,6 +63,19 @@ def test_command_line(name: str, data: Path, tmp_path: Path, capsys) -> None:
     assert expected in error_of([*base, *words], capsys)
 
 
+def test_bfloat16_runs_on_a_cpu(data: Path, tmp_path: Path) -> None:
+    words = ["--preset", "debug_mae", "--depth", "2", "--data", str(data), "--steps", "1",
+             "--deepspeed_config", str(ROOT / "ds_configs" / "a100_bf16.json"),
+             "--output", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "launcher/pretrain.py", *words], capture_output=True, text=True,
+        cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step 1/1" in done.stdout
+    assert "taps=(2,)" in done.stdout, "MAE's tap follows the depth"
+
+
 def test_no_preset(capsys) -> None:
     assert "preset: missing; give --preset with one of quickstart" in error_of([], capsys)
 
