@@ -1,0 +1,108 @@
+"""Pipelines by the command a user types, on real photographs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepmim_scale.checkpoint import files
+from deepmim_scale.data.samples import write_samples
+from deepmim_scale.train.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = str(ROOT / "launcher" / "pretrain.py")
+STEPS = 8
+# The same 16 images in each step, whatever the number of stages and replicas.
+SAME = ["--global-batch", "16", "--steps", str(STEPS), "--save-every", "2", "--warmup-epochs", "0",
+        "--blr", "0.1", "--eps", "1e-4", "--validate-every", "0.005"]  # fmt: skip
+
+
+def launched(num_processes: int, port: int, *words: str) -> list[str]:
+    launcher = ["deepspeed", "--num_accelerators", str(num_processes), "--master_port", str(port)]
+    return [*launcher, PRETRAIN, *SAME, *words]
+
+
+def finished(command: list[str]) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def kill_after_checkpoint(command: list[str], run: Path) -> None:
+    """Start a launcher and kill it and all its ranks at once, when the first checkpoint is there."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not files.saved(run) and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert files.saved(run), "no checkpoint before the deadline"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data") / "samples"
+    write_samples(folder)
+    for kind in (folder / "val").iterdir():  # two held-out images of each class are enough
+        for path in sorted(kind.iterdir())[2:]:
+            path.unlink()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(photos: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Rows of the run on one stage, in one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    finished([sys.executable, PRETRAIN, *SAME, "--preset", "debug", "--microbatch-size", "8",
+              "--data", photos, "--output", str(run)])  # fmt: skip
+    return read_metrics(run)
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    """Training and validation losses, total and by decoder, of all steps."""
+    found = []
+    for row in rows:
+        found += [row["loss"], *row["losses"].values()]
+        found += [row["validation_loss"], *row["validation_losses"].values()]
+    return found
+
+
+def test_two_stages_equal_one_and_go_on_as_one(
+    photos: str, tmp_path: Path, alone: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "run"
+    words = ["--preset", "debug", "--microbatch-size", "2", "--data", photos, "--output", str(run)]
+    kill_after_checkpoint(launched(4, 29631, *words, "--stages", "2"), run)
+    piped = read_metrics(run)
+    assert 2 <= len(piped) < STEPS
+    assert len(piped[0]["peak_memory_gib"]) == 4
+    assert losses(piped) == pytest.approx(losses(alone[: len(piped)]), abs=1e-5)
+    told = finished([sys.executable, PRETRAIN, *SAME, *words, "--stages", "1"])
+    assert "resuming after step" in told
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert losses(rows) == pytest.approx(losses(alone), abs=1e-6)
+
+
+def test_folded_mirl_with_few_microbatches(photos: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    told = finished(launched(3, 29632, "--preset", "debug_mirl", "--placement", "v", "--stages",
+                             "3", "--microbatch-size", "8", "--data", photos, "--output",
+                             str(run)))  # fmt: skip
+    warning = "warning: microbatches=2: fewer than the 3 stages, which idle "
+    assert [line for line in told.splitlines() if line.startswith(warning)]
+    rows = read_metrics(run)
+    assert len(rows) == STEPS
+    assert set(rows[-1]["losses"]) == {"pair1_6", "pair2_5", "pair3_4"}
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert files.read_tensors(files.resolve(run), "weights").keys() >= {"cls_token", "norm.weight"}
