@@ -38,7 +38,7 @@ def finished(command: list[str]) -> str:
 
 
 def kill_after_checkpoint(command: list[str], run: Path) -> None:
-    """Start a launcher and kill it and all its ranks at once, when the first checkpoint is there."""
+    """Kill a launcher and all its ranks at once, when the first checkpoint is there."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while not files.saved(run) and time.monotonic() < deadline:
