@@ -8,55 +8,31 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.checkpoint.save import load_optimizer, load_weights, save_checkpoint
-from deepmim_scale.config import ConfigError, RunConfig, num_steps
+from deepmim_scale.checkpoint.save import save_checkpoint
+from deepmim_scale.config import ConfigError, num_steps
 from deepmim_scale.data.feed import Batch, Feed, build_feed, iter_validation
 from deepmim_scale.data.loader import build_backend
-from deepmim_scale.data.manifest import Manifest
-from deepmim_scale.data.sample_plan import SamplePlan
-from deepmim_scale.ds_config import BatchSizes, precision_of
-from deepmim_scale.models.blocks import compile_blocks
 from deepmim_scale.models.stage import decoder_names, loss_members, loss_weight
-from deepmim_scale.models.weight_queue import split_weight_gradients
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.executor import Executor, MicroBatch
-from deepmim_scale.parallel.p2p import Channels
-from deepmim_scale.parallel.stages import build_rank
-from deepmim_scale.plan.training import TrainingPlan, training_plan
+from deepmim_scale.parallel.executor import MicroBatch
+from deepmim_scale.plan.training import training_plan
 from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
-from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
+from deepmim_scale.train.optim import learning_rate, peak_learning_rate
+from deepmim_scale.train.prepare import Task
 from deepmim_scale.train.progress import Progress
 from deepmim_scale.train.run_folder import write_config
+from deepmim_scale.train.runtime import build_runtime
 
 # A run whose every step overflows is lost; stop instead of spinning to the end.
 MAX_SKIPPED_IN_A_ROW = 50
-
-
-@dataclass(frozen=True)
-class Task:
-    """Everything that was settled before the processes started."""
-
-    config: RunConfig
-    ds_config: dict[str, Any]
-    batch: BatchSizes
-    samples: SamplePlan
-    pipeline: TrainingPlan
-    train: Manifest
-    held_out: Manifest | None
-    may_resume: bool
-    """The output folder holds this run."""
-    teacher: nn.Module | None
-    """Gives targets from (images, noise) where they are not raw pixels."""
 
 
 class Trainer:
@@ -65,56 +41,19 @@ class Trainer:
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task, self.device = task, device
         self.config, self.samples = task.config, task.samples
-        self.precision = precision_of(task.ds_config)
-        config, schedule = self.config, task.pipeline.built.schedule
-        self.grid = zero.build_grid(config.stages)
-        self.rank = self.grid.get_stage_id()
-        self.replica = self.grid.get_data_parallel_rank()
-        self.total_steps = num_steps(config, self.samples.steps_per_epoch)
+        self.total_steps = num_steps(task.config, self.samples.steps_per_epoch)
         self.progress = Progress(speaks=dist.get_rank() == 0)
         self.checkpoint = self._find_checkpoint()
+        runtime = build_runtime(task.config, task.pipeline, task.ds_config, device, self.checkpoint)
+        self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
+        self.rank, self.replica = runtime.rank, runtime.replica
         self.step = self.updates = 0
-        stages = build_rank(
-            config.model,
-            task.pipeline.layout,
-            schedule.pipeline,
-            self.rank,
-            seed=config.seed,
-            recompute=config.recompute,
-        )
-        mine = schedule.pipeline.stages_of(self.rank)
-        has_decoders = any(len(stages[number].decoders) for number in mine)
-        self.teacher = task.teacher.to(device) if task.teacher and has_decoders else None
-        if schedule.style.split:
-            split_weight_gradients(stages)
-        if config.compile:
-            compile_blocks(stages)
         if self.checkpoint is not None:
-            load_weights(self.checkpoint, stages)
-        stages.to(device)
-        optimizer = zero.build_optimizer(
-            config.optimizer,
-            parameter_groups(stages, config.weight_decay),
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            device=device,
-        )
-        self.engine = zero.build_engine(stages, optimizer, task.ds_config, self.grid)
-        self.channels = Channels(schedule.pipeline, self.grid.pp_group, device, config.timeout)
-        self.executor = Executor(
-            schedule,
-            self.rank,
-            stages,
-            self.channels,
-            config.model,
-            task.pipeline.layout,
-            precision=self.precision,
-            device=device,
-        )
-        if self.checkpoint is not None:
-            load_optimizer(self.checkpoint, self.engine)
             state = files.read_state(self.checkpoint)
             self.step, self.updates = state["step"], state["updates"]
+        pipeline = task.pipeline.built.schedule.pipeline
+        has_decoders = any(pipeline.decoders[stage] for stage in pipeline.stages_of(self.rank))
+        self.teacher = task.teacher.to(device) if task.teacher and has_decoders else None
 
     def _find_checkpoint(self) -> Path | None:
         # Digests are read once, by rank 0, and its finding holds for all.
@@ -255,7 +194,7 @@ class Trainer:
         noise = batch.noise.to(self.device, non_blocking=True)
         if self.teacher is None:
             return MicroBatch(images, noise)
-        with zero.autocast(self.precision, self.device):
+        with zero.autocast(self.executor.precision, self.device):
             return MicroBatch(images, noise, self.teacher(normalise(images), noise))
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:

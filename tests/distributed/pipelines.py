@@ -17,18 +17,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepmim_scale.checkpoint.save import load_optimizer, load_weights
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
-from deepmim_scale.models.weight_queue import split_weight_gradients
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.executor import Executor, MicroBatch
-from deepmim_scale.parallel.p2p import Channels
-from deepmim_scale.parallel.stages import RankStages, build_rank, global_parameters
+from deepmim_scale.parallel.executor import MicroBatch
+from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.plan.estimate import messages_of
 from deepmim_scale.plan.training import TrainingPlan, training_plan
 from deepmim_scale.train.optim import parameter_groups
+from deepmim_scale.train.runtime import build_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS, LEARNING_RATE, EPS = 2, 3, 1e-2, 1e-4
@@ -56,7 +54,10 @@ def run_config(case: dict[str, Any]) -> RunConfig:
     model = ModelConfig(**(TINY | MODELS[case["method"]]))
     keys = ("stages", "schedule", "placement", "layout", "reduction", "gradient_flow", "recompute")
     chosen = {key: case[key] for key in keys if key in case}
-    return RunConfig(model=model, microbatch_size=BATCH, clip_grad=case.get("clip", 0.0), **chosen)
+    return RunConfig(
+        model=model, microbatch_size=BATCH, clip_grad=case.get("clip", 0.0), seed=1, eps=EPS,
+        timeout=60.0, **chosen,
+    )  # fmt: skip
 
 
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -71,33 +72,12 @@ class Pipeline:
         self.config, self.microbatches = run_config(case), case["microbatches"]
         config = self.config
         self.plan: TrainingPlan = training_plan(config, self.microbatches)
-        self.grid = zero.build_grid(config.stages)
-        self.rank, self.replica = self.grid.get_stage_id(), self.grid.get_data_parallel_rank()
-        replicas = self.grid.get_data_parallel_world_size()
-        schedule = self.plan.built.schedule
-        self.stages: RankStages = build_rank(
-            config.model, self.plan.layout, schedule.pipeline, self.rank, seed=1,
-            recompute=config.recompute,
-        )  # fmt: skip
-        if schedule.style.split:
-            split_weight_gradients(self.stages)
-        if checkpoint is not None:
-            load_weights(checkpoint, self.stages)
-        content = settings_of(case)
-        sizes = BatchSizes(BATCH, self.microbatches, replicas)
-        settings, _ = resolve_ds_config(content, config, sizes)
-        device = torch.device("cpu")
-        optimizer = zero.build_optimizer(
-            "adamw", parameter_groups(self.stages, 0.05), betas=(0.9, 0.95), eps=EPS, device=device
-        )
-        self.engine = zero.build_engine(self.stages, optimizer, settings, self.grid)
-        if checkpoint is not None:
-            load_optimizer(checkpoint, self.engine)
-        self.channels = Channels(schedule.pipeline, self.grid.pp_group, device, 60.0)
-        self.executor = Executor(
-            schedule, self.rank, self.stages, self.channels, config.model, self.plan.layout,
-            precision=precision_of(content), device=device,
-        )  # fmt: skip
+        sizes = BatchSizes(BATCH, self.microbatches, dist.get_world_size() // config.stages)
+        settings, _ = resolve_ds_config(settings_of(case), config, sizes)
+        runtime = build_runtime(config, self.plan, settings, torch.device("cpu"), checkpoint)
+        self.grid, self.rank, self.replica = runtime.grid, runtime.rank, runtime.replica
+        self.stages, self.engine = runtime.stages, runtime.engine
+        self.channels, self.executor = runtime.channels, runtime.executor
 
     def step(
         self, number: int, spoil: Callable[[Tensor], Tensor] | None = None

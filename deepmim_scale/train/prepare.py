@@ -1,0 +1,140 @@
+"""Everything that is settled before processes start; users' mistakes end here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deepmim_scale.arguments import difference
+from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.data.sample_plan import SamplePlan
+from deepmim_scale.ds_config import (
+    BatchSizes,
+    bundled,
+    load_ds_config,
+    precision_of,
+    resolve_batch,
+    resolve_ds_config,
+)
+from deepmim_scale.plan.training import TrainingPlan, training_plan
+from deepmim_scale.train.run_folder import check_output
+from deepmim_scale.train.teachers import build_teacher, check_teacher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run that has passed every check."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    filled_in: list[str]
+    """What replaced "auto" in DeepSpeed's JSON, as words."""
+    batch: BatchSizes
+    samples: SamplePlan
+    pipeline: TrainingPlan
+    train: Manifest
+    held_out: Manifest | None
+    may_resume: bool
+    """The output folder holds this run."""
+    teacher: nn.Module | None
+    """Gives targets from (images, noise) where they are not raw pixels."""
+
+
+def prepare(config: RunConfig) -> Task:
+    """Check a run for the processes that the launcher started; ConfigError for a mistake.
+
+    What needs no torch comes first, so that most mistakes are told within a second.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % config.stages:
+        raise ConfigError(
+            f"stages={config.stages}: must divide the {world} processes; "
+            "change --stages or the launcher's number of processes"
+        )
+    config = check_teacher(config)
+    batch = resolve_batch(config, num_replicas=world // config.stages)
+    pipeline = training_plan(config, batch.microbatches)
+    config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
+    given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
+    may_resume = check_output(config)
+    if not config.data:
+        raise ConfigError("data: missing; give an image folder, see `deepmim-scale data samples`")
+    train_folder, held_out_folder = (find_split(config.data, split) for split in ("train", "val"))
+    assert train_folder is not None, "find_split raises where there is no training folder"
+    train = open_manifest(train_folder, config.on_bad)
+    held_out = open_manifest(held_out_folder, config.on_bad) if held_out_folder else None
+    samples = SamplePlan(len(train), config.seed, batch.global_batch)
+
+    given = given or load_ds_config(bundled(_default_ds_config()))
+    _check_machine(config, given)
+    ds_config, filled_in = resolve_ds_config(given, config, batch)
+    # On every rank, so that a mistake is told before any rank waits for another.
+    teacher = build_teacher(config)
+    return Task(
+        config, ds_config, filled_in, batch, samples, pipeline, train, held_out, may_resume, teacher
+    )
+
+
+def _default_ds_config() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu_fp32.json"
+    has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    return "a100_bf16.json" if has_bf16 else "v100_fp16.json"
+
+
+def _check_machine(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if precision_of(ds_config) in ("float16", "pure_float16") and not on_gpu:
+        raise ConfigError(
+            f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
+            "use ds_configs/cpu_fp32.json"
+        )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.kernels == "triton" and not (on_gpu or interpreted):
+        raise ConfigError("kernels=triton: needs a GPU; use --kernels auto")
+    if config.optimizer == "apex":
+        from deepmim_scale.parallel.zero import check_apex
+
+        check_apex()
+
+
+def describe(task: Task) -> Iterator[str]:
+    """What a run prints at its start, line by line."""
+    config, batch = task.config, task.batch
+    yield f"preset {config.preset}: {' '.join(difference(config)) or 'unchanged'}"
+    held_out = f"; held out {len(task.held_out)}" if task.held_out else ""
+    yield f"data: {task.train.describe()}{held_out}"
+    for note in (*task.train.notes, *(task.held_out.notes if task.held_out else ())):
+        yield f"data: {note}"
+    yield f"deepspeed: {' '.join(task.filled_in)}"
+    rate = config.blr * batch.global_batch / 256
+    yield (
+        f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 = {_scientific(rate)}"
+    )
+    if config.stages > 1:
+        idle = task.pipeline.built.timeline.idle_fraction
+        yield (
+            f"pipeline: {config.stages} stages {task.pipeline.text}, {config.schedule}, "
+            f"{config.placement}, {batch.microbatches} micro-batches; "
+            f"simulated idle share {idle:.1%}"
+        )
+        if batch.microbatches < config.stages:
+            yield (
+                f"warning: microbatches={batch.microbatches}: fewer than the {config.stages} "
+                f"stages, which idle {idle:.1%} of the time (simulated); raise --microbatches"
+            )
+
+
+def _scientific(number: float) -> str:
+    mantissa, exponent = f"{number:.6e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"

@@ -1,0 +1,95 @@
+"""One rank's share of a pipeline, ready to run: stages, engine, messages, executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepmim_scale.checkpoint.save import load_optimizer, load_weights
+from deepmim_scale.config import RunConfig
+from deepmim_scale.ds_config import precision_of
+from deepmim_scale.models.blocks import compile_blocks
+from deepmim_scale.models.weight_queue import split_weight_gradients
+from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.executor import Executor
+from deepmim_scale.parallel.p2p import Channels
+from deepmim_scale.parallel.stages import RankStages, build_rank
+from deepmim_scale.plan.training import TrainingPlan
+from deepmim_scale.train.optim import parameter_groups
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What trains on this rank."""
+
+    grid: Any
+    """DeepSpeed's grid of stages and replicas."""
+    stages: RankStages
+    engine: zero.Engine
+    channels: Channels
+    executor: Executor
+
+    @property
+    def rank(self) -> int:
+        """Place in the pipeline."""
+        return self.grid.get_stage_id()
+
+    @property
+    def replica(self) -> int:
+        """Which of the pipelines."""
+        return self.grid.get_data_parallel_rank()
+
+
+def build_runtime(
+    config: RunConfig,
+    plan: TrainingPlan,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    checkpoint: Path | None = None,
+) -> Runtime:
+    """Build this rank's part of a run, with the weights and optimizer state of a checkpoint.
+
+    Every rank calls it; ds_config is resolved (no "auto").
+    """
+    grid, schedule = zero.build_grid(config.stages), plan.built.schedule
+    rank = grid.get_stage_id()
+    stages = build_rank(
+        config.model,
+        plan.layout,
+        schedule.pipeline,
+        rank,
+        seed=config.seed,
+        recompute=config.recompute,
+    )
+    if schedule.style.split:
+        split_weight_gradients(stages)
+    if config.compile:
+        compile_blocks(stages)
+    if checkpoint is not None:
+        load_weights(checkpoint, stages)
+    stages.to(device)
+    optimizer = zero.build_optimizer(
+        config.optimizer,
+        parameter_groups(stages, config.weight_decay),
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        device=device,
+    )
+    engine = zero.build_engine(stages, optimizer, ds_config, grid)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, engine)
+    channels = Channels(schedule.pipeline, grid.pp_group, device, config.timeout)
+    executor = Executor(
+        schedule,
+        rank,
+        stages,
+        channels,
+        config.model,
+        plan.layout,
+        precision=precision_of(ds_config),
+        device=device,
+    )
+    return Runtime(grid, stages, engine, channels, executor)
