@@ -28,10 +28,9 @@ def pretrain(config: RunConfig) -> None:
     from deepmim_scale.parallel import failure, zero
 
     failure.limit_waits(task.config.timeout)
-    device = zero.init_processes(task.config.timeout)
     trainer: Trainer | None = None
     try:
-        trainer = _start(task, device)
+        trainer = _start(task, zero.init_processes(task.config.timeout))
         if not trainer.finished:
             trainer.run()
             trainer.progress.say(f"done: {trainer.step} steps, results in {config.output}")
