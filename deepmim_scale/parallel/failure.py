@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from deepmim_scale.data.exchange import FeedMismatch, PeerFailed
 from deepmim_scale.parallel.executor import Executor
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -27,19 +28,19 @@ def limit_waits(seconds: float) -> None:
     distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether torch.distributed gave up on another process (gloo raises bare RuntimeErrors)."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+def is_of_peers(error: BaseException) -> bool:
+    """Whether other processes are the cause (gloo raises bare RuntimeErrors)."""
+    return isinstance(error, dist.DistError | PeerFailed | FeedMismatch) or "/gloo/" in str(error)
 
 
 def leave(error: RuntimeError, executor: Executor | None) -> NoReturn:
     """End this process at once, whatever its threads and process groups still wait for.
 
-    The last line on stderr names rank, stage, micro-batch, instruction and function; an error that
-    is not a peer's is preceded by its traceback.
+    The last line on stderr names rank, stage, micro-batch, instruction and function; the traceback
+    of an error of its own comes before it.
     """
     sys.stdout.flush()
-    if not is_lost_peer(error):
+    if not is_of_peers(error):
         traceback.print_exception(error)
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]

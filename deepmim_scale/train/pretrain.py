@@ -25,6 +25,7 @@ def pretrain(config: RunConfig) -> None:
         print("\n".join(describe(task)), flush=True)
     import torch
 
+    from deepmim_scale.data.backend import BadImage
     from deepmim_scale.parallel import failure, zero
 
     failure.limit_waits(task.config.timeout)
@@ -34,6 +35,10 @@ def pretrain(config: RunConfig) -> None:
         if not trainer.finished:
             trainer.run()
             trainer.progress.say(f"done: {trainer.step} steps, results in {config.output}")
+    except BadImage as error:
+        if not is_speaker():  # only the rank that decoded it knows the file
+            print(f"error: {error}", file=sys.stderr)
+        raise
     except RuntimeError as error:
         failure.leave(error, trainer.executor if trainer else None)
     finally:
