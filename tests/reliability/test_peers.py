@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from deepmim_scale.data.samples import write_samples
 
@@ -42,25 +44,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextmanager
-def training(photos: str, folder: Path, *words: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """An endless run of four ranks that has taken three steps; all are gone afterwards."""
+def start(folder: Path, *words: str, world: int = WORLD) -> list[subprocess.Popen[bytes]]:
+    """Ranks of a run without end; what they say is in folder/RANK.stderr."""
     launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "WORLD_SIZE": str(WORLD), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    command = [sys.executable, "launcher/pretrain.py", "--preset", "debug", "--data", photos,
-               "--output", str(folder / "run"), "--steps", "1000000", "--warmup-epochs", "0",
+              "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    command = [sys.executable, "launcher/pretrain.py", "--preset", "debug", "--output",
+               str(folder / "run"), "--steps", "1000000", "--warmup-epochs", "0",
                "--microbatches", "2", "--microbatch-size", "2", "--validate-every", "0",
                "--timeout", str(TIMEOUT), *words]  # fmt: skip
     processes = []
-    try:
-        for rank in range(WORLD):
-            environment = os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (folder / f"{rank}.stderr").open("wb") as stderr:
-                processes.append(
-                    subprocess.Popen(
-                        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr
-                    )
+    for rank in range(world):
+        environment = os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"{rank}.stderr").open("wb") as stderr:
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr
                 )
+            )
+    return processes
+
+
+@contextmanager
+def training(photos: str, folder: Path, *words: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Four ranks that have taken three steps; all are gone afterwards."""
+    processes = start(folder, "--data", photos, *words)
+    try:
         metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 3):
             assert all(process.poll() is None for process in processes), said(folder)
@@ -74,7 +82,7 @@ def training(photos: str, folder: Path, *words: str) -> Iterator[list[subprocess
 
 
 def said(folder: Path) -> list[str]:
-    return [(folder / f"{rank}.stderr").read_text() for rank in range(WORLD)]
+    return [path.read_text() for path in sorted(folder.glob("*.stderr"))]
 
 
 def check_survivors(
@@ -126,3 +134,20 @@ def test_any_rank_at_any_moment(
     with training(photos, tmp_path, *words) as processes:
         time.sleep(random.random())
         check_survivors(processes, victim, fault, tmp_path, stages=int(words[1]))
+
+
+@pytest.mark.soak
+def test_a_rank_that_cannot_decode(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), dtype=np.uint8)
+    (tmp_path / "data").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "data" / f"{number}.png")
+    bad = tmp_path / "data" / "5.png"
+    bad.write_bytes(bad.read_bytes()[:3000])
+    words = ["--data", str(tmp_path / "data"), "--stages", "2", "--seed", "2"]
+    processes = start(tmp_path, *words, world=2)
+    assert [process.wait(60) for process in processes] == [1, 2], "seed 2 gives rank 1 the file"
+    first, second = (text.splitlines()[-1] for text in said(tmp_path))
+    assert re.match(rf"error: step \d+: {bad}: image file is truncated; run", second)
+    assert "stages [1] could not decode their images; see their messages" in first
+    assert "Traceback" not in "".join(said(tmp_path))
