@@ -24,13 +24,13 @@ Arguments = TypeVar("Arguments", bound=Frozen)
 
 def _parser_message(output: str) -> str:
     """The sentence inside the box that tyro draws around an error."""
-    lines = [line.strip("\u2502 ") for line in output.splitlines()]
-    body = []
-    for line in lines:
-        if line.startswith("\u2500"):
+    body: list[str] = []
+    for line in output.strip().splitlines()[1:]:  # the first line is the title
+        is_rule = re.search("[-\u2500]{4}", line) is not None
+        if is_rule and body:
             break
-        if not line.startswith(("\u256d", "\u2570")):
-            body.append(line)
+        if not is_rule:
+            body.append(line.strip("|\u2502 "))
     text = re.sub(r"\s+", " ", " ".join(body)).strip()
     ours = re.search(r"Value error, (.*?) \[type=value_error", text)  # raised by a config's check
     return ours[1] if ours else text.removeprefix("Error parsing ")

@@ -24,7 +24,7 @@ from deepmim_scale.targets.pixels import (
     unpatchify,
 )
 
-NUM_CLASSES, NUM_SPREAD = 8, 4
+NUM_CLASSES, NUM_SPREAD = 5, 5
 GUESS = "visible mean"
 GRAY = 0.0  # of normalised pixels: the mean colour
 
@@ -120,8 +120,9 @@ def held_out(config: RunConfig, data: str) -> tuple[Manifest, list[Batch]]:
 def examples(manifest: Manifest, batches: list[Batch]) -> Batch:
     """One image of each of the first classes, then images spread over the whole set."""
     first = {int(label): i for i, label in reversed(list(enumerate(manifest.labels)))}
-    spread = range(0, len(manifest), max(len(manifest) // NUM_SPREAD, 1))
-    chosen = [*sorted(first.values())[:NUM_CLASSES], *spread[:NUM_SPREAD]]
+    step = max(len(manifest) // NUM_SPREAD, 1)
+    spread = range(step // 2, len(manifest), step)
+    chosen = list(dict.fromkeys([*sorted(first.values())[:NUM_CLASSES], *spread[:NUM_SPREAD]]))
     images, noise, ids = (
         torch.cat([getattr(batch, key) for batch in batches])[chosen]
         for key in ("images", "noise", "sample_ids")
