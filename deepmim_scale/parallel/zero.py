@@ -57,15 +57,22 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
             port = probe.getsockname()[1]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0",
                        "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # fmt: skip
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # torchrun and deepspeed name the number of a node's ranks differently.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
         torch.cuda.set_device(device)
+        # DeepSpeed takes its device from LOCAL_RANK. More ranks than GPUs serve for checks only:
+        # NCCL refuses to share a GPU, gloo goes through host memory.
+        os.environ["LOCAL_RANK"] = str(device.index)
+        backend = "nccl" if ranks <= gpus else "gloo"
     else:
         # Its shared-memory operation costs a build and serves inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        dist_backend=backend,
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timedelta(seconds=timeout_seconds),

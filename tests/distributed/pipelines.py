@@ -91,6 +91,12 @@ class Pipeline:
             losses = self.executor.train(
                 batches, (lambda loss: backward(spoil(loss))) if spoil else backward
             )
+            if number == 0:  # whole on every rank until the reduction that ends this block
+                self.local_gradients = {
+                    f"gradient{self.replica}.{name}": p.grad.clone()
+                    for name, p in global_parameters(self.stages).items()
+                    if p.grad is not None
+                }
         norm, applied = zero.apply_step(self.engine, LEARNING_RATE)
         return losses, norm, applied
 
@@ -174,6 +180,10 @@ def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for payload, number in part.items():
             counted[payload] = counted.get(payload, 0) + number
     result["bytes"] = [counted, expected_bytes]
+    if case.get("keep_gradients"):
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, pipeline.local_gradients)
+        parameters |= {name: tensor for part in parts for name, tensor in part.items()}
     return result, parameters
 
 

@@ -7,6 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from deepmim_scale.config import ModelConfig, RunConfig
@@ -229,3 +231,30 @@ def test_bytes_of_the_notes():
     assert received_bytes("rotate", 8, 1, 8, 128, 224) / 8e6 == pytest.approx(16.86, abs=0.01)
     assert received_bytes("first", 8, 0, 4, 128, 224) == 0
     assert received_bytes("replicate", 8, 3, 4, 128, 224) == 0
+
+
+@given(st.data())
+def test_stages_and_restarts_share_one_plan(data):
+    """Whatever (n, B, M, D, P, mode, k): from step k on, the stages decode the plan, no more."""
+    draw = {key: data.draw(st.integers(1, 4), key) for key in "BMDP"}
+    micro, count, replicas, stages = draw.values()
+    mode = data.draw(st.sampled_from(["rotate", "first", "replicate"]), "mode")
+    samples = data.draw(st.integers(micro * count * replicas, 200), "n")
+    whole = SamplePlan(samples, data.draw(st.integers(0, 5), "seed"), micro * count * replicas)
+    again = SamplePlan(samples, whole.seed, whole.global_batch)  # as a restarted process has it
+    first = data.draw(st.integers(0, 40), "k")
+    for step in range(first, first + 3):
+        seen = []
+        for replica in range(replicas):
+            decoded = [
+                (m, again.micro_batch(step, m, replica, count, replicas).tolist())
+                for stage in range(stages)
+                for m in own_microbatches(mode, count, stage, stages)
+            ]
+            copies = stages if mode == "replicate" else 1
+            assert len(decoded) == count * copies
+            by_number = dict(decoded)
+            assert sorted(by_number) == list(range(count))
+            seen += [(m * replicas + replica, ids) for m, ids in by_number.items()]
+        everything = [i for _, ids in sorted(seen) for i in ids]
+        assert everything == whole.sample_ids(step).tolist()
