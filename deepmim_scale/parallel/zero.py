@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -163,7 +164,8 @@ def reduced_step(
         calls += 1
         last = reduction == "coalesced" or calls == num_calls
         engine.set_gradient_accumulation_boundary(last)
-        engine.backward(loss)
+        # Releases differ in where they divide by M (0.19.1: in hooks of engine.forward): we do it.
+        engine.backward(loss / engine.gradient_accumulation_steps(), scale_wrt_gas=False)
 
     coalesced = reduction == "coalesced"
     with engine.coalesce_grad_reduction() if coalesced else contextlib.nullcontext():
@@ -198,9 +200,9 @@ def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
     engine.set_gradient_accumulation_boundary(True)  # else step() silently does nothing
     skipped = engine.skipped_steps
     engine.step()
-    norm = engine.get_global_grad_norm()
+    norm, applied = engine.get_global_grad_norm(), engine.skipped_steps == skipped
     assert norm is not None, "the step was not taken: no gradient was reduced"
-    return float(norm), engine.skipped_steps == skipped
+    return float(norm) if applied else math.inf, applied
 
 
 def loss_scale(engine: Engine) -> float:

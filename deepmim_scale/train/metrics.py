@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def throughput(
     return row
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON knows neither NaN nor Infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsWriter:
     """metrics.jsonl (a row per step) and TensorBoard events; rows after `step` are dropped."""
 
@@ -64,7 +74,7 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; numbers inside dicts get TensorBoard names such as losses/block06."""
-        self._lines.write(json.dumps(row) + "\n")
+        self._lines.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
         self._lines.flush()
         for key, value in row.items():
             if isinstance(value, dict):
