@@ -10,14 +10,12 @@ D features.
 
 # mypy: allow-untyped-defs
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepmim_kernels._common import launch, onepass_gradient, row_scale, row_weight, warps_for
+from deepmim_kernels._common import launch, row_scale, row_weight, warps_for
+from deepmim_kernels.row_loss import register_row_loss
 
 
 @triton.jit
@@ -101,70 +99,10 @@ def launch_masked_cosine(
     )
 
 
-_INPUTS = "Tensor pred, Tensor teacher, Tensor? mask, Tensor? ids"
-_CONFIG = "int prefix_tokens, int teacher_prefix_tokens"
-
-
-@torch.library.custom_op(
-    "deepmim::masked_cosine",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? hint, Tensor? count, bool onepass, {_CONFIG})"
-    " -> (Tensor loss, Tensor rows, Tensor grad)",
+masked_cosine_op = register_row_loss(
+    "masked_cosine",
+    launch_masked_cosine,
+    inputs="Tensor pred, Tensor teacher, Tensor? mask, Tensor? ids",
+    settings="int prefix_tokens, int teacher_prefix_tokens",
+    has_pair=False,
 )
-def masked_cosine_op(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], weighted rows [B, T] and, if `onepass`, the gradient at scale `hint`."""
-    tensors, onepass, config = args[:5], args[5], args[6:]
-    _, rows, grad = _outputs(pred, *args)
-    launch_masked_cosine(rows, grad if onepass else None, pred, *tensors, *config)
-    count = tensors[-1]
-    return rows.sum() / (rows.numel() if count is None else count), rows, grad
-
-
-@masked_cosine_op.register_fake
-def _outputs(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    onepass = args[5]
-    rows = pred.new_empty(pred.shape[:2], dtype=torch.float32)
-    grad = torch.empty(pred.shape if onepass else (0,), dtype=pred.dtype, device=pred.device)
-    return pred.new_empty((), dtype=torch.float32), rows, grad
-
-
-@torch.library.custom_op(
-    "deepmim::masked_cosine_gradient",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor upstream, Tensor? count, {_CONFIG}) -> Tensor",
-)
-def masked_cosine_gradient_op(pred: Tensor, *args: Any) -> Tensor:
-    """The gradient [B, T, D] from the saved inputs (mode `recompute`)."""
-    grad = _gradient(pred)
-    launch_masked_cosine(None, grad, pred, *args)
-    return grad
-
-
-@masked_cosine_gradient_op.register_fake
-def _gradient(pred: Tensor, *args: Any) -> Tensor:
-    return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, hint, count, onepass = inputs[:7]
-    ctx.set_materialize_grads(False)
-    ctx.config = inputs[7:]
-    ctx.onepass = onepass
-    ctx.spent = False
-    ctx.save_for_backward(*((output[2], hint) if onepass else (*tensors, count)))
-
-
-def _backward(
-    ctx: Any, upstream: Tensor | None, *unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 9
-    if ctx.onepass:
-        grad = onepass_gradient(ctx, upstream)
-    else:
-        *inputs, count = ctx.saved_tensors
-        grad = masked_cosine_gradient_op(*inputs, upstream, count, *ctx.config)
-    return (grad, *[None] * 8)
-
-
-masked_cosine_op.register_autograd(_backward, setup_context=_setup_context)

@@ -14,9 +14,7 @@ C channels, H x W image, P patch side, D = P * P * C.
 # mypy: allow-untyped-defs
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,11 +22,11 @@ from torch import Tensor
 from deepmim_kernels._common import (
     launch,
     load_pixels,
-    onepass_gradient,
     row_scale,
     row_weight,
     warps_for,
 )
+from deepmim_kernels.row_loss import register_row_loss
 
 
 @triton.jit
@@ -149,71 +147,12 @@ def launch_masked_mse(
     )
 
 
-_INPUTS = "Tensor pred, Tensor? pred2, Tensor? generator, Tensor images, Tensor? mask, Tensor? ids"
-_CONFIG = "int patch_size, int prefix_tokens, bool norm_pix, float alpha, float[] mean, float[] std"
-
-
-@torch.library.custom_op(
-    "deepmim::masked_mse",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? hint, Tensor? count, bool onepass, {_CONFIG})"
-    " -> (Tensor loss, Tensor rows, Tensor grad)",
+masked_mse_op = register_row_loss(
+    "masked_mse",
+    launch_masked_mse,
+    inputs="Tensor pred, Tensor? pred2, Tensor? generator, Tensor images, Tensor? mask, "
+    "Tensor? ids",
+    settings="int patch_size, int prefix_tokens, bool norm_pix, float alpha, float[] mean, "
+    "float[] std",
+    has_pair=True,
 )
-def masked_mse_op(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], weighted rows [B, T] and, if `onepass`, the gradient at scale `hint`."""
-    tensors, onepass, config = args[:7], args[7], args[8:]
-    _, rows, grad = _outputs(pred, *args)
-    launch_masked_mse(rows, grad if onepass else None, pred, *tensors, *config)
-    count = tensors[-1]
-    return rows.sum() / (rows.numel() if count is None else count), rows, grad
-
-
-@masked_mse_op.register_fake
-def _outputs(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    onepass = args[7]
-    rows = pred.new_empty(pred.shape[:2], dtype=torch.float32)
-    grad = torch.empty(pred.shape if onepass else (0,), dtype=pred.dtype, device=pred.device)
-    return pred.new_empty((), dtype=torch.float32), rows, grad
-
-
-@torch.library.custom_op(
-    "deepmim::masked_mse_gradient",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor upstream, Tensor? count, {_CONFIG}) -> Tensor",
-)
-def masked_mse_gradient_op(pred: Tensor, *args: Any) -> Tensor:
-    """The gradient [B, T, D] from the saved inputs (mode `recompute`)."""
-    grad = _gradient(pred)
-    launch_masked_mse(None, grad, pred, *args)
-    return grad
-
-
-@masked_mse_gradient_op.register_fake
-def _gradient(pred: Tensor, *args: Any) -> Tensor:
-    return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, hint, count, onepass = inputs[:9]
-    ctx.set_materialize_grads(False)
-    ctx.config = inputs[9:]
-    ctx.onepass = onepass
-    ctx.pair = tensors[1] is not None
-    ctx.spent = False
-    ctx.save_for_backward(*((output[2], hint) if onepass else (*tensors, count)))
-
-
-def _backward(
-    ctx: Any, upstream: Tensor | None, *unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 15
-    if ctx.onepass:
-        grad = onepass_gradient(ctx, upstream)
-    else:
-        *inputs, count = ctx.saved_tensors
-        grad = masked_mse_gradient_op(*inputs, upstream, count, *ctx.config)
-    return (grad, grad if ctx.pair else None, *[None] * 13)
-
-
-masked_mse_op.register_autograd(_backward, setup_context=_setup_context)

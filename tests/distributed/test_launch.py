@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.data.samples import write_samples
 from deepmim_scale.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,16 +26,6 @@ LAUNCHERS = {
 # 3 steps of the same 16 images, whatever the number of processes.
 SAME = ["--preset", "debug", "--global-batch", "16", "--microbatch-size", "8", "--steps", "3",
         "--warmup-epochs", "0", "--blr", "0.1", "--eps", "1e-4", "--print-every", "1"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data") / "samples"
-    write_samples(folder)
-    for kind in (folder / "val").iterdir():  # two held-out images of each class are enough
-        for path in sorted(kind.iterdir())[2:]:
-            path.unlink()
-    return str(folder)
 
 
 def pretrain(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:

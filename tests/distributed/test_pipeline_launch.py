@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.data.samples import write_samples
 from deepmim_scale.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,16 +46,6 @@ def kill_after_checkpoint(command: list[str], run: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert files.saved(run), "no checkpoint before the deadline"
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data") / "samples"
-    write_samples(folder)
-    for kind in (folder / "val").iterdir():  # two held-out images of each class are enough
-        for path in sorted(kind.iterdir())[2:]:
-            path.unlink()
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
