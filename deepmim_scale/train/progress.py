@@ -44,10 +44,12 @@ def step_line(row: dict[str, Any], total: int) -> str:
     """One step as one line."""
     losses = " ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
     utilisation = f" | MFU {row['mfu']:.1%}" if "mfu" in row else ""
+    idle = sum(row["idle_fraction"]) / len(row["idle_fraction"])
+    waiting = f" | idle {idle:.0%}" if idle >= 0.01 else ""  # of a pipeline's ranks, measured
     held_out = f" | held out {row['validation_loss']:.4f}" if "validation_loss" in row else ""
     return (
         f"step {row['step']}/{total} | loss {row['loss']:.4f} ({losses}) | "
         f"grad {row['grad_norm']:.3f} | lr {row['learning_rate']:.2e} | "
-        f"{row['images_per_second']:.0f} images/s{utilisation} | "
+        f"{row['images_per_second']:.0f} images/s{utilisation}{waiting} | "
         f"{max(row['peak_memory_gib']):.2f} GiB | wait {row['loader_wait_ms']:.0f} ms{held_out}"
     )
