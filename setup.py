@@ -1,4 +1,4 @@
-"""Package list and dependencies; the build back end and the tools' settings are in pyproject.toml."""
+"""Package list and dependencies; build back end and settings of tools are in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
