@@ -12,7 +12,6 @@ with a plot, and kernel_step.csv. Stages 2 to 4 take about a GiB to 30 GiB of GP
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,9 +19,18 @@ from pathlib import Path
 
 import kernel_speed as speed
 import torch
+from gpu_timing import (
+    Inputs,
+    Row,
+    copy_bandwidth,
+    environment,
+    percentiles,
+    recorded,
+    timed,
+    write_csv,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-Row = speed.Row
 
 
 def correctness(output: Path) -> bool:
@@ -69,8 +77,11 @@ def sweep(output: Path) -> bool:
             own = module.warps_for
             for warps in (0, 1, 2, 4, 8, 16):
                 module.warps_for = fixed(warps) if warps else own
-                median = statistics.median(speed.timed(workload.providers[provider], sets))
-                print(f"{op:18}{provider:15}{dtype:6}warps {warps:<4}{median:8.3f} ms", flush=True)
+                times = percentiles(timed(recorded(workload.providers[provider], sets), sets))
+                print(
+                    f"{op:18}{provider:15}{dtype:6}warps {warps:<4}{times['median_ms']:8.3f} ms",
+                    flush=True,
+                )
                 rows.append(
                     {
                         "op": op,
@@ -78,12 +89,12 @@ def sweep(output: Path) -> bool:
                         "dtype": dtype,
                         "batch": 512,
                         "warps": warps,
-                        "median_ms": round(median, 4),
-                        **speed.environment(),
+                        **times,
+                        **environment(),
                     }
                 )
             module.warps_for = own
-    speed.write_csv(rows, output / "kernel_warps.csv")
+    write_csv(rows, output / "kernel_warps.csv")
     return True
 
 
@@ -93,7 +104,7 @@ def fixed(warps: int) -> Callable[[int, int], int]:
 
 def speeds(output: Path) -> bool:
     """The speed table at one and four decoders, then the goals."""
-    copy = speed.copy_bandwidth()
+    copy = copy_bandwidth()
     rows = [
         row
         for op in speed.WORKLOADS
@@ -101,7 +112,7 @@ def speeds(output: Path) -> bool:
         for batch in (64, 128, 256, 512)
         for row in speed.measure(op, batch, "bf16", decoders, copy)
     ]
-    speed.write_csv(rows, output / "kernel_speed.csv")
+    write_csv(rows, output / "kernel_speed.csv")
     speed.plot([row for row in rows if row["decoders"] == 1], output / "kernel_speed.png")
     return judge(rows)
 
@@ -124,7 +135,10 @@ def judge(rows: list[Row]) -> bool:
         ("masked_mse, % of copy bandwidth", packed["percent_of_copy"], 90.0),
         ("masked_mse, x eager", ratio("masked_mse", "eager", "triton packed"), 12.0),
         ("masked_mse, x compile", ratio("masked_mse", "torch.compile", "triton packed"), 2.2),
-        ("decoder_assemble, x eager", ratio("decoder_assemble", "eager", "triton"), 10.0),
+        *(
+            (f"{op}, x eager", ratio(op, "eager", "triton"), 10.0)
+            for op in ("decoder_assemble", "decoder_assemble_pure")
+        ),
     ]
     for name, value, goal in goals:
         print(f"{name:36}{value:8.2f}  goal {goal:6.2f}  {'met' if value >= goal else 'MISSED'}")
@@ -145,7 +159,7 @@ def whole_step(output: Path) -> bool:
         row = json.loads(result.stdout.splitlines()[-1])
         print("{backend:8}{median_ms:9.2f} ms  {peak_mib:9.0f} MiB".format(**row), flush=True)
         rows.append(row)
-    speed.write_csv(rows, output / "kernel_step.csv")
+    write_csv(rows, output / "kernel_step.csv")
     best = {
         name: min(r["median_ms"] for r in rows if r["backend"] == name)
         for name in ("torch", "triton")
@@ -168,22 +182,20 @@ def training_step(batch: int = 128) -> Row:
         {"images": torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")} for _ in range(2)
     ]
 
-    def step(x: speed.Inputs) -> None:
+    def step(x: Inputs) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             local_backward(model, x["images"])
         optimizer.step()
 
-    times = speed.timed(step, sets, steps=60)
+    times = timed(step, sets, steps=60)
     return {
         "backend": os.environ.get("DEEPMIM_KERNELS", "auto"),
         "model": "deepmim_vit_b_12",
         "batch": batch,
-        "median_ms": round(statistics.median(times), 3),
-        "p20_ms": round(times[len(times) // 5], 3),
-        "p80_ms": round(times[len(times) * 4 // 5], 3),
+        **percentiles(times),
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
-        **speed.environment(),
+        **environment(),
     }
 
 

@@ -4,18 +4,15 @@
 
 Every provider's time is given as median, 20th and 80th percentile (ms), with the share of a copy's
 bandwidth that the necessary bytes reach, both measured in the same run, and the peak memory of one
-step (MiB). Inputs rotate through sets that together exceed four times the L2 cache. Without a GPU
-the byte model and the ahead-of-time table are printed instead of times.
+step (MiB). Steps are replayed as CUDA graphs; `python_ms` is the median of the same step called
+from Python. Inputs rotate through sets of which a fused kernel touches more than four times the L2
+cache. Without a GPU the byte model and the ahead-of-time table are printed instead of times.
 
 Shapes: B batch; 224 x 224 images in 196 patches of 16 x 16, 49 of them visible.
 """
 
 import argparse
-import csv
-import datetime
 import itertools
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,16 +24,24 @@ import torch
 from deepmim_kernels import decoder_assemble, gather_patches, masked_cosine, masked_mse, reference
 from deepmim_kernels._dispatch import Backend
 from deepmim_kernels.bytes import count_bytes
+from gpu_timing import (
+    Inputs,
+    Row,
+    Step,
+    copy_bandwidth,
+    environment,
+    peak_mib,
+    percentiles,
+    recorded,
+    timed,
+    write_csv,
+)
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 SCALE: dict[str, Any] = {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 L2_FACTOR = 4
-Inputs = dict[str, Any]
-Step = Callable[[Inputs], object]
 Loss = Callable[[Inputs, Tensor], Tensor]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,17 @@ def loss_inputs(dim: int) -> Callable[[int, torch.dtype, str, int], Inputs]:
     return make
 
 
-def assemble_inputs(batch: int, dtype: torch.dtype, device: str, decoders: int) -> Inputs:
-    """Tokens as a Linear under autocast gives them, parameters and the result in fp32."""
-    fp32 = torch.float32
+def assemble_inputs(
+    tables: torch.dtype | None, batch: int, dtype: torch.dtype, device: str, decoders: int
+) -> Inputs:
+    """Tokens as a Linear under autocast gives them; parameters and the result in `tables`."""
+    tables = tables or dtype
     return {
         **masking(batch, device),
         "tokens": random_tensors(decoders, (batch, 50, 512), dtype, device),
-        "mask_token": random_tensors(1, (1, 1, 512), fp32, device)[0],
-        "pos": random_tensors(1, (1, 197, 512), fp32, device, grad=False)[0],
-        "upstream": random_tensors(1, (batch, 197, 512), fp32, device, grad=False)[0],
+        "mask_token": random_tensors(1, (1, 1, 512), tables, device)[0],
+        "pos": random_tensors(1, (1, 197, 512), tables, device, grad=False)[0],
+        "upstream": random_tensors(1, (batch, 197, 512), tables, device, grad=False)[0],
     }
 
 
@@ -132,7 +139,7 @@ def whole_mse(pred: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     return eager_mse(pred, eager_target(images), mask)
 
 
-compiled_mse = torch.compile(whole_mse)
+compiled_mse = torch.compile(whole_mse, dynamic=False)
 
 
 def eager_cosine(pred: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -141,7 +148,7 @@ def eager_cosine(pred: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     )[0]
 
 
-compiled_cosine = torch.compile(eager_cosine)
+compiled_cosine = torch.compile(eager_cosine, dynamic=False)
 
 
 def eager_assemble(tokens: Tensor, mask_token: Tensor, pos: Tensor, restore: Tensor) -> Tensor:
@@ -204,7 +211,7 @@ COSINE: dict[str, Loss] = {
 }
 ASSEMBLE: dict[str, Callable[..., Tensor]] = {
     "eager": eager_assemble,
-    "torch.compile": torch.compile(eager_assemble),
+    "torch.compile": torch.compile(eager_assemble, dynamic=False),
     "triton": decoder_assemble,
 }
 WORKLOADS = {
@@ -218,11 +225,15 @@ WORKLOADS = {
         for_each_decoder(COSINE),
         lambda x: {"triton packed": 3 * size(*x["packed"])},
     ),
-    "decoder_assemble": Workload(
-        assemble_inputs,
-        {name: assembling(function) for name, function in ASSEMBLE.items()},
-        assemble_necessary,
-    ),
+    **{
+        name: Workload(
+            partial(assemble_inputs, tables),
+            {provider: assembling(function) for provider, function in ASSEMBLE.items()},
+            assemble_necessary,
+        )
+        # fp32 parameters under autocast, and parameters of the tokens' own dtype.
+        for name, tables in (("decoder_assemble", torch.float32), ("decoder_assemble_pure", None))
+    },
     "gather_patches": Workload(
         loss_inputs(1),
         {"eager": gathering("torch"), "triton": gathering("auto")},
@@ -241,59 +252,14 @@ def model_bytes(workload: Workload, provider: str, shapes: Inputs) -> float | No
 
 def print_byte_model(dtype: str, decoders: int) -> None:
     print(f"byte model, forward and backward, B = 128, {dtype}, decoders: {decoders}")
-    print(f"{'operation':18}{'provider':22}{'MB':>9}{'x least':>10}")
+    print(f"{'operation':22}{'provider':22}{'MB':>9}{'x least':>10}")
     for op, workload in WORKLOADS.items():
         shapes = workload.inputs(128, DTYPES[dtype], "meta", decoders)
         least = min(workload.necessary(shapes).values())
         for provider in workload.providers:
             moved = model_bytes(workload, provider, shapes)
             if moved is not None:
-                print(f"{op:18}{provider:22}{moved / 1e6:9.1f}{moved / least:10.1f}")
-
-
-def timed(step: Step, sets: list[Inputs], steps: int = 200) -> list[float]:
-    """Sorted milliseconds of single steps by CUDA events, after a warm-up."""
-    for inputs in sets * 2:
-        step(inputs)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
-    for inputs, (before, after) in zip(itertools.cycle(sets), events, strict=False):
-        before.record()
-        step(inputs)
-        after.record()
-    torch.cuda.synchronize()
-    return sorted(before.elapsed_time(after) for before, after in events)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a device copy of 1 GiB, reads and writes together."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = timed(lambda x: target.copy_(source), [{}])
-    return 2 * size(source) / (statistics.median(times) / 1e3)
-
-
-def peak_mib(step: Step, inputs: Inputs) -> float:
-    """MiB allocated by one step beyond its inputs."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(inputs)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def environment() -> dict[str, str]:
-    import triton
-
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": git.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
+                print(f"{op:22}{provider:22}{moved / 1e6:9.1f}{moved / least:10.1f}")
 
 
 def measure(op: str, batch: int, dtype: str, decoders: int, copy: float) -> Iterator[Row]:
@@ -304,14 +270,13 @@ def measure(op: str, batch: int, dtype: str, decoders: int, copy: float) -> Iter
     """
     workload = WORKLOADS[op]
     shapes = workload.inputs(batch, DTYPES[dtype], "meta", decoders)
-    set_bytes = size(*(x for x in tree_leaves(shapes) if isinstance(x, Tensor)))
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    count = L2_FACTOR * cache // set_bytes + 2
-    sets = [workload.inputs(batch, DTYPES[dtype], "cuda", decoders) for _ in range(count)]
     necessary = workload.necessary(shapes)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    count = int(L2_FACTOR * cache / min(necessary.values())) + 2
+    sets = [workload.inputs(batch, DTYPES[dtype], "cuda", decoders) for _ in range(count)]
     for provider, step in workload.providers.items():
-        times = timed(step, sets)
-        median = statistics.median(times)
+        replayed = percentiles(timed(recorded(step, sets), sets))
+        seconds = replayed["median_ms"] / 1e3
         needed = necessary.get(provider, next(iter(necessary.values())))
         moved = model_bytes(workload, provider, shapes)
         yield {
@@ -320,25 +285,16 @@ def measure(op: str, batch: int, dtype: str, decoders: int, copy: float) -> Iter
             "batch": batch,
             "dtype": dtype,
             "decoders": decoders,
-            "median_ms": round(median, 4),
-            "p20_ms": round(times[len(times) // 5], 4),
-            "p80_ms": round(times[len(times) * 4 // 5], 4),
+            **replayed,
+            "python_ms": percentiles(timed(step, sets))["median_ms"],
             "necessary_mb": round(needed / 1e6, 1),
-            "percent_of_copy": round(100 * needed / (median / 1e3) / copy, 1),
+            "percent_of_copy": round(100 * needed / seconds / copy, 1),
             "peak_mib": round(peak_mib(step, sets[0]), 1),
             "model_mb": moved and round(moved / 1e6, 1),
             "model_ms": moved and round(moved / copy * 1e3, 4),
             "copy_gb_per_s": round(copy / 1e9, 1),
             **environment(),
         }
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -384,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     for op, batch in itertools.product(args.op, args.batch):
         for row in measure(op, batch, args.dtype, args.decoders, copy):
             print(
-                "{op:18}B {batch:<5}{provider:22}{median_ms:9.3f} ms "
+                "{op:22}B {batch:<5}{provider:22}{median_ms:9.3f} ms "
                 "{percent_of_copy:6.1f} % of copy {peak_mib:8.1f} MiB".format(**row),
                 flush=True,
             )

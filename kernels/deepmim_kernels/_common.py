@@ -105,5 +105,9 @@ def onepass_gradient(ctx: Any, upstream: Tensor) -> Tensor:
         )
     ctx.spent = True
     grad, hint = ctx.saved_tensors
-    rescale_(grad, upstream, hint)
-    return grad
+    if type(grad) is Tensor:
+        rescale_(grad, upstream, hint)
+        return grad
+    # Traced: a graph may not write to a tensor that another one returned, and it fuses this.
+    ratio = upstream if hint is None else upstream / hint
+    return (grad.float() * ratio).to(grad.dtype)

@@ -69,6 +69,7 @@ def register_row_loss(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, hint, count, onepass = inputs[: num_inputs + 3]
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.settings = inputs[num_inputs + 3 :]
         ctx.onepass = onepass
         ctx.pair = has_pair and tensors[1] is not None
