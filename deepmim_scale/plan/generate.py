@@ -132,7 +132,9 @@ def _bubble_candidates(
 ) -> Iterator[tuple[Style, Policy]]:
     stages = pipeline.num_stages
     fused = (False,) if pipeline.paired else (True, False)
-    in_flights = (_falling(pipeline), (stages,) * stages)
+    in_flights = dict.fromkeys(
+        [_falling(pipeline), *((most,) * stages for most in (stages, max(stages - 1, 1)))]
+    )
     open_decoders = (1, 2, stages) if pipeline.paired else (1, 3) if split else (1,)
     patiences = (0.0,) if quick else (0.0, 1.0)
     priorities = PRIORITIES[:2] if quick else PRIORITIES
