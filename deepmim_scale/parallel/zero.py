@@ -1,8 +1,8 @@
 """DeepSpeed's engine: everything of it that is private or young is touched here and nowhere else.
 
 One plain DeepSpeedEngine per pipeline stage, whose `mpu` is the grid of stages and replicas, gives
-ZeRO-2 over the stage's replicas, and gradient norm and overflow vote over all stages. A contract
-test (tests/distributed/test_zero.py) checks what this file assumes of the installed release.
+ZeRO-2 over the stage's replicas, and gradient norm and overflow vote over all stages. What
+this file assumes of the installed release is checked by tests/distributed/test_two_processes.py.
 """
 
 from __future__ import annotations
