@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
                             "draw what each decoder fills in"),
     "analyse losses": ("analysis.commands", "LossesArguments", "run_losses",
                        "draw each decoder's loss over a run"),
+    "export": ("checkpoint.commands", "ExportArguments", "run_export",
+               "weights for timm, Hugging Face or the official code"),
     "verify": ("checkpoint.commands", "VerifyArguments", "run", "check a checkpoint's digests"),
 }  # fmt: skip
 

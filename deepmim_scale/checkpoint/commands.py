@@ -1,10 +1,13 @@
-"""Command line of checkpoints: `deepmim-scale verify CHECKPOINT`."""
+"""Command line of checkpoints: `deepmim-scale verify CHECKPOINT | export RUN`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import tyro
 
-from deepmim_scale.config import Frozen
+from deepmim_scale.config import ConfigError, Frozen
 
 
 class VerifyArguments(Frozen):
@@ -19,4 +22,39 @@ def run(arguments: VerifyArguments) -> None:
     from deepmim_scale.checkpoint.files import verify
 
     for line in verify(arguments.checkpoint):
+        print(line)
+
+
+class ExportArguments(Frozen):
+    """Write a run's newest weights for timm, Hugging Face transformers, or the official code."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    output: str
+    """New .safetensors file; for hf FOLDER/model.safetensors, with config.json beside it."""
+    format: Literal["timm", "hf", "mae"] = "timm"
+    """timm: encoder; hf: encoder, for MAE also the decoder; mae: everything, official names."""
+
+
+def run_export(arguments: ExportArguments) -> None:
+    """Write the file and print how to load it; nothing is overwritten."""
+    from deepmim_scale.train.run_folder import load_run_config
+
+    output = Path(arguments.output)
+    new = [output]
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"output={output}: must be a file that ends in .safetensors")
+    if arguments.format == "hf":
+        new.append(output.with_name("config.json"))
+        if output.name != "model.safetensors":
+            raise ConfigError(
+                f"output={output}: transformers looks for model.safetensors; name the file so"
+            )
+    for path in new:
+        if path.exists():
+            raise ConfigError(f"output={path}: exists; delete it or choose another --output")
+    load_run_config(arguments.run)
+    from deepmim_scale.checkpoint.export import export
+
+    for line in export(arguments.run, arguments.format, output):
         print(line)

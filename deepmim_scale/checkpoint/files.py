@@ -43,9 +43,11 @@ def start(final: Path) -> None:
     part.mkdir(parents=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, on disk when this returns."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """One safetensors file with `metadata` in its header, on disk when this returns."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     _sync(path)
 
 

@@ -23,26 +23,32 @@ _WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0",
 def _prefixes(config: ModelConfig) -> dict[str, str]:
     """Module of ours -> official module; everything else has timm's name in both."""
     names = list(decoder_names(config).values())
-    renamed = {}
+    prefixes = {}
     for index, name in enumerate(names):
         if config.method == "mirl":
             number = str(index)
             if index < len(names) - 1:
-                renamed[f"carries.{name}.norm"] = f"norm{number}"
-            renamed[f"carries.{name}.embed"] = f"decoder_embed{number}"
+                prefixes[f"carries.{name}.norm"] = f"norm{number}"
+            prefixes[f"carries.{name}.embed"] = f"decoder_embed{number}"
         else:
             number = str(index + 1) if config.method == "deepmim" else ""
-            renamed[f"decoders.{name}.embed"] = f"decoder_embed{number}"
+            prefixes[f"decoders.{name}.embed"] = f"decoder_embed{number}"
         # Only MIRL has a position table for each decoder.
         table = number if config.method == "mirl" else ""
-        renamed[f"decoders.{name}.pos_embed"] = f"decoder_pos_embed{table}"
-        renamed[f"decoders.{name}.mask_token"] = f"mask_token{number}"
-        renamed[f"decoders.{name}.blocks"] = f"decoder_blocks{number}"
-        renamed[f"decoders.{name}.norm"] = f"decoder_norm{number}"
-        renamed[f"decoders.{name}.pred"] = f"decoder_pred{number}"
+        prefixes[f"decoders.{name}.pos_embed"] = f"decoder_pos_embed{table}"
+        prefixes[f"decoders.{name}.mask_token"] = f"mask_token{number}"
+        prefixes[f"decoders.{name}.blocks"] = f"decoder_blocks{number}"
+        prefixes[f"decoders.{name}.norm"] = f"decoder_norm{number}"
+        prefixes[f"decoders.{name}.pred"] = f"decoder_pred{number}"
     if config.method == "mirl":
-        renamed |= {"carries.low.norm": "norm_low", "carries.low.embed": "decoder_embed0_1"}
-    return renamed
+        prefixes |= {"carries.low.norm": "norm_low", "carries.low.embed": "decoder_embed0_1"}
+    return prefixes
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """`name` with the first of our modules that it lies in renamed; None if it lies in none."""
+    ours = next((p for p in prefixes if name == p or name.startswith(p + ".")), None)
+    return None if ours is None else prefixes[ours] + name[len(ours) :]
 
 
 def official_names(model: Model) -> dict[str, str]:
@@ -50,8 +56,7 @@ def official_names(model: Model) -> dict[str, str]:
     prefixes = _prefixes(model.config)
     names = {}
     for name in model.state_dict():
-        prefix = next((p for p in prefixes if name == p or name.startswith(p + ".")), None)
-        official = name if prefix is None else prefixes[prefix] + name[len(prefix) :]
+        official = renamed(name, prefixes) or name
         for theirs, ours in _WEIGHT_NORM.items():
             official = official.replace(ours, theirs)
         names[name] = official

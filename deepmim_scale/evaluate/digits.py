@@ -14,7 +14,7 @@ from deepmim_scale.evaluate.probes import PROBES
 
 NUM_LABELS = 100
 NUM_DRAWS = 5
-POOLS = {"mean": 1, "2x2": 2}
+POOLS = ("mean", "2x2")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def probe_run(run: str) -> list[Row]:
     images = torch.from_numpy(pixels)
     for encoder, model in (("untrained", untrained_model(run)), ("trained", trained)):
         for name, tokens in tapped_tokens(model, images).items():
-            for kind, side in POOLS.items():
-                features = pool(tokens, side).numpy()
+            for kind in POOLS:
+                features = pool(tokens, kind).numpy()
                 rows += probe_rows(encoder, name, kind, features, labels)
     return rows
 

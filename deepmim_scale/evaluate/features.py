@@ -5,6 +5,7 @@ Legend: N images, L patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,28 +36,39 @@ def untrained_model(run: str | Path) -> Model:
 
 
 @torch.no_grad()
-def tapped_tokens(model: Model, images: Tensor) -> dict[str, Tensor]:
-    """Patch tokens [N, L, D] after every tapped block, of uint8 images [N, 3, S, S], unmasked.
+def hidden_states(model: Model, images: Tensor) -> Iterator[Tensor]:
+    """Tokens [N, L+1, D] after each block, class token first, of images [N, 3, S, S] unmasked.
 
-    The last block's tokens are normalised by the encoder's final norm, as its decoder sees them.
+    images: uint8 or normalised. The last block's tokens are normalised by the encoder's final norm,
+    as its decoder sees them.
     """
-    config = model.config
-    result: dict[str, list[Tensor]] = {f"block{block:02d}": [] for block in config.taps}
+    num_patches = model.config.num_patches
+    order = torch.arange(num_patches, dtype=torch.float32).expand(len(images), -1)
+    hidden = model.embed(normalise(images), masking_from_noise(order, num_patches))[0]
+    for index, block in model.blocks.items():
+        hidden = block(hidden)
+        yield model.norm(hidden) if int(index) + 1 == model.config.depth else hidden
+
+
+def tapped_tokens(model: Model, images: Tensor) -> dict[str, Tensor]:
+    """Tokens [N, L+1, D] after every tapped block, class token first, of uint8 images."""
+    result: dict[str, list[Tensor]] = {f"block{block:02d}": [] for block in model.config.taps}
     for part in images.split(BATCH):
-        order = torch.arange(config.num_patches, dtype=torch.float32).expand(len(part), -1)
-        everything = masking_from_noise(order, config.num_patches)
-        hidden = model.embed(normalise(part), everything)[0]
-        for index, block in model.blocks.items():
-            hidden = block(hidden)
-            name = f"block{int(index) + 1:02d}"
-            if name in result:
-                last = int(index) + 1 == config.depth
-                result[name].append((model.norm(hidden) if last else hidden)[:, 1:])
+        for number, hidden in enumerate(hidden_states(model, part), start=1):
+            if number in model.config.taps:
+                result[f"block{number:02d}"].append(hidden)
     return {name: torch.cat(parts) for name, parts in result.items()}
 
 
-def pool(tokens: Tensor, side: int) -> Tensor:
-    """Tokens [N, L, D] averaged over a side x side division of the image: [N, side * side * D]."""
-    grid = round(tokens.shape[1] ** 0.5)
-    planes = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+def pool(tokens: Tensor, kind: str) -> Tensor:
+    """Tokens [N, L+1, D] as one vector: `class` or `mean` [N, D], or `2x2` [N, 4 D].
+
+    2x2 averages the patches of each quarter of the image.
+    """
+    if kind == "class":
+        return tokens[:, 0]
+    patches = tokens[:, 1:].transpose(1, 2)
+    grid = round(patches.shape[2] ** 0.5)
+    side = {"mean": 1, "2x2": 2}[kind]
+    planes = patches.unflatten(2, (grid, grid))
     return torch.nn.functional.adaptive_avg_pool2d(planes, side).flatten(1)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from deepmim_scale.checkpoint import files
 from deepmim_scale.data.samples import PHOTOS, write_samples
+from deepmim_scale.models import build_model
+from deepmim_scale.presets import load_preset
+from deepmim_scale.train.run_folder import write_config
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +29,27 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, flat / f"{path.parent.name}_{path.name}")
     assert len(list(flat.iterdir())) == 200
     return flat
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """preset -> folder of a run of it with a checkpoint of drawn weights, for reading only."""
+
+    @functools.cache
+    def make(preset: str) -> Path:
+        run = tmp_path_factory.mktemp(preset)
+        config = load_preset(preset).model_copy(update={"output": str(run)})
+        write_config(config)
+        generator = torch.Generator().manual_seed(1)
+        weights = {
+            name: parameter + 0.05 * torch.randn(parameter.shape, generator=generator)
+            for name, parameter in build_model(config.model).named_parameters()
+            if parameter.requires_grad
+        }
+        final = files.step_folder(run, 7)
+        files.start(final)
+        files.write_tensors(files.part_folder(final) / "weights_stage00.safetensors", weights)
+        files.finish(final, {"step": 7})
+        return run
+
+    return make
