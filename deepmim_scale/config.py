@@ -280,7 +280,7 @@ class RunConfig(Frozen):
     validate_every: float = 1.0
     """Epochs between held-out losses (needs DIR/val); 0 never."""
     save_every: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints, and one after the last step; 0 never."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     print_every: int = 20
@@ -292,14 +292,14 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for key in ("stages", "timeout", "microbatch_size", "loader_threads", "save_every",
+        for key in ("stages", "timeout", "microbatch_size", "loader_threads",
                     "keep_checkpoints", "print_every", "prefetch", "epochs", "eps"):  # fmt: skip
             _require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         for key in ("steps", "microbatches", "global_batch"):
             value = getattr(self, key)
             _require(value is None or value > 0, key, value, "must be positive")
         for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every", "seed",
-                    "check_feed", "reschedule_after"):  # fmt: skip
+                    "check_feed", "reschedule_after", "save_every"):  # fmt: skip
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")

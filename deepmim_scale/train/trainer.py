@@ -103,7 +103,7 @@ class Trainer:
                     if writer is not None:
                         writer.write(row)
                     progress.step(row, self.total_steps, config.print_every)
-                    if self.step % config.save_every == 0 or self.finished:
+                    if self._saves_after(self.step):
                         self.save()
                     if profiler is not None:
                         profiler.step()
@@ -208,6 +208,10 @@ class Trainer:
         if self.task.held_out is None or every == 0:
             return False
         return self.finished or int(step / every) > int((step - 1) / every)
+
+    def _saves_after(self, step: int) -> bool:
+        every = self.config.save_every
+        return every > 0 and (step % every == 0 or self.finished)
 
     def validate(self) -> dict[str, Any]:
         """Held-out losses under fixed masks, as row entries."""
