@@ -245,8 +245,10 @@ class Executor:
         return self._criteria[m]
 
     def _add_loss(self, name: str, loss: Tensor) -> None:
+        # In double precision, so that a step's loss has the same bits however many replicas share
+        # its micro-batches.
         before = self._losses.get(name, 0.0)
-        self._losses[name] = before + loss.detach().float()
+        self._losses[name] = before + loss.detach().double()
         if self._backward is not None:
             self._backward(loss * loss_weight(self.config))
 
