@@ -14,6 +14,8 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "plan": ("plan.commands", "PlanArguments", "plan", "predict every way to run on a cluster"),
     "schedule": ("plan.commands", "ScheduleArguments", "schedule",
                  "build, simulate and draw a step's schedule"),
+    "study": ("study.commands", "StudyArguments", "run_study",
+              "predict or measure a model over depths, stages and schedules"),
     "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
     "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
     "data verify": ("data.commands", "VerifyArgs", "run_verify", "decode every image"),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,7 +13,7 @@ from deepmim_scale.config import ConfigError, Frozen, ModelConfig, validated
 from deepmim_scale.plan.draw import draw_gantt, write_trace
 from deepmim_scale.plan.estimate import memory_of, pipeline_of, times_of
 from deepmim_scale.plan.generate import Built, build
-from deepmim_scale.plan.hardware import GPUS, NETWORKS
+from deepmim_scale.plan.hardware import GPUS, NETWORKS, known
 from deepmim_scale.plan.legal import check_combination
 from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans
@@ -23,7 +22,6 @@ from deepmim_scale.plan.schedule import Name, Placement, to_json
 from deepmim_scale.plan.training import choose_layout
 from deepmim_scale.presets import load_preset
 
-Value = TypeVar("Value")
 JsonPath = Annotated[str, tyro.conf.arg(name="json")]
 
 
@@ -82,7 +80,7 @@ def plan(args: PlanArguments) -> None:
     for key in ("nodes", "gpus_per_node"):
         _positive(key, getattr(args, key))
     config = load_preset(args.preset)
-    gpu, network = _known("gpu", args.gpu, GPUS), _known("network", args.network, NETWORKS)
+    gpu, network = known("gpu", args.gpu, GPUS), known("network", args.network, NETWORKS)
     global_batch = args.global_batch or config.global_batch or config.microbatch_size
     cluster = Cluster(args.nodes, args.gpus_per_node, gpu, network)
     plans = enumerate_plans(config.model, cluster, global_batch)
@@ -148,9 +146,9 @@ def schedule(args: ScheduleArguments) -> None:
     )
     layout = choose_layout(model, args.stages, args.placement, args.layout)
     pipeline = pipeline_of(model, layout, args.placement)
-    gpu = _known("gpu", args.gpu, GPUS)
+    gpu = known("gpu", args.gpu, GPUS)
     images = args.microbatch_size or config.microbatch_size
-    bandwidth = _known("network", args.network, NETWORKS) * 1e9 if args.network else float("inf")
+    bandwidth = known("network", args.network, NETWORKS) * 1e9 if args.network else float("inf")
 
     def simulated(name: Name) -> Built:
         times = times_of(
@@ -210,9 +208,3 @@ def _schedule_json(built: Built, speedup: float, layout: str) -> dict[str, Any]:
 def _positive(key: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{key}={value}: must be positive")
-
-
-def _known(key: str, name: str, table: Mapping[str, Value]) -> Value:
-    if name not in table:
-        raise ConfigError(f"{key}={name}: unknown; use one of {', '.join(table)}")
-    return table[name]

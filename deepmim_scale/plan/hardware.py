@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+from deepmim_scale.config import ConfigError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,13 @@ NETWORKS: dict[str, float] = {
     "8xndr": 400.0,
 }
 """Name to bandwidth of one node per direction, GB/s (line rate)."""
+
+
+def known(key: str, name: str, table: Mapping[str, Value]) -> Value:
+    """The entry of GPUS or NETWORKS; ConfigError lists the names there are."""
+    if name not in table:
+        raise ConfigError(f"{key}={name}: unknown; use one of {', '.join(table)}")
+    return table[name]
 
 
 def mfu(training_flops_per_image: float, images_per_second_per_gpu: float, gpu: Gpu) -> float:

@@ -17,7 +17,7 @@ LAYERS = {
     "models": 1, "targets": 1, "data": 1,
     "parallel": 2,
     "train": 3, "checkpoint": 3,
-    "evaluate": 4, "analysis": 4,
+    "evaluate": 4, "analysis": 4, "study": 4,
     "cli": 5,
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -25,7 +25,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 WITHOUT_TORCH = [
     "config", "presets", "arguments", "ds_config", "cli", "train.run_folder", "train.pretrain",
     "plan.cost", "plan.hardware", "analysis.commands", "evaluate.commands", "data.commands",
-    "checkpoint.commands", "data.manifest", "data.sample_plan",
+    "checkpoint.commands", "data.manifest", "data.sample_plan", "study.cells", "study.commands",
 ]  # fmt: skip
 
 

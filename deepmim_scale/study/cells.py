@@ -1,0 +1,106 @@
+"""The cells of a study: every depth with every number of stages and schedule, legal or not.
+
+A cell is a command line of pre-training. All cells have the same processes and images per step, so
+those of one depth do the same mathematics. One stage, plain data parallelism with ZeRO-2, is the
+baseline of its depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepmim_scale.arguments import parse_run
+from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.ds_config import resolve_batch
+from deepmim_scale.plan.legal import check_combination
+from deepmim_scale.plan.planner import Plan, predict
+from deepmim_scale.presets import load_preset
+from deepmim_scale.study.settings import StudyArguments
+
+# One stage runs its work in one order whatever the schedule; dib needs the least memory.
+BASELINE_SCHEDULE = "dib"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a legal cell runs."""
+
+    words: tuple[str, ...]
+    """Flags of pretrain, all but --output."""
+    config: RunConfig
+    replicas: int
+    microbatches: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place in the study's table."""
+
+    depth: int
+    stages: int
+    schedule: str
+    job: Job | None
+    problem: str = ""
+    """Why there is no job, in one line."""
+
+    @property
+    def name(self) -> str:
+        """As in the folders of runs."""
+        return f"d{self.depth}_p{self.stages}_{self.schedule}"
+
+    def run(self, repeat: int) -> str:
+        """Name of one of its runs."""
+        return f"{self.name}_r{repeat}"
+
+
+def build_cells(args: StudyArguments) -> list[Cell]:
+    """All cells by depth, the baseline of each depth first; ConfigError if none is legal."""
+    cells = [
+        _cell(args, depth, stages, schedule)
+        for depth in args.depths
+        for stages in sorted({1, *args.stages})
+        for schedule in (args.schedules if stages > 1 else (BASELINE_SCHEDULE,))
+    ]
+    if not any(cell.job for cell in cells):
+        raise ConfigError(f"no cell can be run; the first, {cells[0].name}: {cells[0].problem}")
+    return cells
+
+
+def _cell(args: StudyArguments, depth: int, stages: int, schedule: str) -> Cell:
+    try:
+        return Cell(depth, stages, schedule, _job(args, depth, stages, schedule))
+    except ConfigError as error:
+        return Cell(depth, stages, schedule, None, str(error))
+
+
+def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> Job:
+    if args.processes % stages:
+        raise ConfigError(f"stages={stages}: must divide the {args.processes} processes")
+    preset = load_preset(args.preset).model
+    folded = preset.method == "mirl" and stages == preset.num_segments // 2
+    spread = preset.method == "deepmim" and depth != preset.depth
+    words = (
+        *("--preset", args.preset, "--data", args.data, "--depth", str(depth)),
+        *(("--taps", f"even:{len(preset.taps)}") if spread else ()),
+        *("--stages", str(stages), "--schedule", schedule),
+        *("--placement", "v" if folded else "linear"),
+        *("--microbatch-size", str(args.microbatch_size)),
+        *("--global-batch", str(args.global_batch), "--steps", str(args.steps)),
+        *("--save-every", "0", "--validate-every", "0"),
+        *args.flags,  # the user's come last and win
+    )
+    config = parse_run(words, prog="pretrain")
+    batch = resolve_batch(config, args.processes // stages)
+    check_combination(
+        config.model, stages, schedule, config.placement, config.reduction, config.gradient_flow
+    )
+    return Job(words, config, batch.num_replicas, batch.microbatches)
+
+
+def prediction(args: StudyArguments, job: Job) -> Plan:
+    """What the planner expects of a job on the cluster that the study names."""
+    config = job.config
+    return predict(
+        config.model, args.cluster, config.stages, config.schedule, config.microbatch_size,
+        job.microbatches, config.placement,
+    )  # fmt: skip

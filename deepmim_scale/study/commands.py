@@ -1,0 +1,51 @@
+"""Command line of the scaling study: `deepmim-scale study`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from deepmim_scale.arguments import read_json
+from deepmim_scale.study.cells import build_cells
+from deepmim_scale.study.settings import RESULTS, StudyArguments, check_folder, resolve
+
+__all__ = ["StudyArguments", "run_study"]
+
+
+def run_study(arguments: StudyArguments) -> None:
+    """Run what is not measured yet, write and print the table; exit code 1 if a run failed."""
+    from deepmim_scale.study import report, runner
+
+    num_gpus = 0 if arguments.gpus_per_node else runner.num_gpus()
+    args = check_folder(resolve(arguments, num_gpus))
+    cells = build_cells(args)
+    saved = Path(args.output) / RESULTS
+    environment = read_json(str(saved))["environment"] if saved.is_file() else {}
+    todo = [] if args.dry_run else runner.unfinished(args, cells)
+    if todo:
+        environment = _go_on(environment, runner.environment())
+        print(f"{len(todo)} of {len(cells) * args.repeats} runs to do", flush=True)
+        report.write_files(args, report.build_rows(args, cells), environment)
+    for _ in runner.run_all(args, todo):
+        report.write_files(args, report.build_rows(args, cells), environment)
+    rows = report.build_rows(args, cells)
+    report.write_files(args, rows, environment)
+    print("\n".join([report.summary(args), report.table(rows), *report.notes(rows)]))
+    if importlib.util.find_spec("matplotlib"):
+        from deepmim_scale.study.draw import draw
+
+        draw(rows, Path(args.output) / "study.png")
+    else:
+        print("no picture: matplotlib is not installed; pip install matplotlib (extra: plots)")
+    print(f"wrote {args.output}/study.json, .csv, .md, .png")
+    if any(row["status"] == "failed" for row in rows):
+        sys.exit(1)
+
+
+def _go_on(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """The environment of this start; a warning where runs of an earlier one had another."""
+    for key, value in now.items():
+        if key != "date" and before.get(key, value) != value:
+            print(f"warning: {key}: earlier runs had {before[key]}, these have {value}")
+    return now

@@ -1,0 +1,183 @@
+"""Runs the cells of a study one after another, each in processes of its own, and finds their runs.
+
+What was measured, and why a run failed, is read from the study's folder alone: a study that was
+killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from deepmim_scale.study.cells import Cell
+from deepmim_scale.study.settings import RUNS, StudyArguments
+from deepmim_scale.train.run_folder import METRICS, read_metrics
+
+PRETRAIN = "deepmim_scale.train.pretrain"
+
+
+def run_folder(args: StudyArguments, run: str) -> Path:
+    """Where a run of a cell lies."""
+    return Path(args.output) / RUNS / run
+
+
+def finished_rows(args: StudyArguments, run: str) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl of a run that came to its last step, else none."""
+    folder = run_folder(args, run)
+    if not (folder / METRICS).is_file():
+        return []
+    try:
+        rows = read_metrics(folder)
+    except JSONDecodeError:  # killed while it wrote a line
+        return []
+    return rows if rows and rows[-1]["step"] == args.steps else []
+
+
+def unfinished(args: StudyArguments, cells: list[Cell]) -> list[tuple[Cell, int]]:
+    """(cell, repeat) of every run that is not measured yet.
+
+    The order is A B C, C B A, ..., so that slow drifts of a machine cancel out.
+    """
+    legal = [cell for cell in cells if cell.job]
+    order = []
+    for repeat in range(args.repeats):
+        order += [(cell, repeat) for cell in (legal if repeat % 2 == 0 else reversed(legal))]
+    return [(cell, repeat) for cell, repeat in order if not finished_rows(args, cell.run(repeat))]
+
+
+def launch_command(args: StudyArguments, cell: Cell, run: str) -> list[str]:
+    """The command line of a run: the deepspeed launcher, or plain Python for one process."""
+    assert cell.job is not None, "only legal cells are launched"
+    words = [*cell.job.words, "--output", str(run_folder(args, run))]
+    if args.processes == 1:
+        return [sys.executable, "-m", PRETRAIN, *words]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner",
+                "--num_accelerators", str(args.gpus_per_node)]  # fmt: skip
+    if args.hostfile:
+        launcher += ["--hostfile", args.hostfile, "--num_nodes", str(args.nodes)]
+    return [*launcher, "--master_port", str(_free_port()), "--module", PRETRAIN, *words]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(args: StudyArguments, cell: Cell, repeat: int) -> None:
+    """Run a cell afresh; what it prints goes to RUNS/<run>.log, and its exit code at the end."""
+    run = cell.run(repeat)
+    folder = run_folder(args, run)
+    shutil.rmtree(folder, ignore_errors=True)  # the beginning of a run that was cut off
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log_of(args, run).open("w") as log:
+        done = subprocess.run(
+            launch_command(args, cell, run), stdout=log, stderr=subprocess.STDOUT, env=environment,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        log.write(f"\nexit code {done.returncode}\n")
+
+
+def log_of(args: StudyArguments, run: str) -> Path:
+    """File with all that a run printed."""
+    return Path(args.output) / RUNS / f"{run}.log"
+
+
+def failure(args: StudyArguments, run: str) -> str:
+    """Why a run that was launched did not come to its end, in one line; empty if it was not."""
+    path = log_of(args, run)
+    if not path.is_file():
+        return ""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    memory = [line for line in lines if re.search("out of memory|OutOfMemory", line, re.IGNORECASE)]
+    if memory:
+        return f"out of memory: {_short(memory[-1])}"
+    if any(re.search(r"(return code =|exit code) -9\b", line) for line in lines):
+        return "killed (signal 9), as a machine does that is out of memory"
+    # Lines in brackets are the launcher's own about its children.
+    errors = [line for line in lines if re.search("error", line, re.IGNORECASE) and line[0] != "["]
+    return _short((errors or lines or ["no output"])[-1])
+
+
+def _short(line: str, length: int = 160) -> str:
+    line = line.removeprefix("error: ")
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def run_all(args: StudyArguments, todo: list[tuple[Cell, int]]) -> Iterator[None]:
+    """Run (cell, repeat) after (cell, repeat), with a line and a pause after each."""
+    began, work = time.monotonic(), 0
+    total = sum(cell.depth for cell, _ in todo)
+    for number, (cell, repeat) in enumerate(todo, start=1):
+        run, start = cell.run(repeat), time.monotonic()
+        launch(args, cell, repeat)
+        now = time.monotonic()
+        work += cell.depth
+        left = (now - began) / work * (total - work)  # a run's time grows with its depth
+        print(f"[{number}/{len(todo)}] {run}: {_outcome(args, run)}; {now - start:.0f} s, "
+              f"about {_duration(left)} left", flush=True)  # fmt: skip
+        yield
+
+
+def _outcome(args: StudyArguments, run: str) -> str:
+    rows = finished_rows(args, run)
+    if not rows:
+        return f"failed: {failure(args, run)}"
+    rates = sorted(row["images_per_second"] for row in rows[args.warmup_steps :])
+    memory = max(rows[-1]["peak_memory_gib"])
+    return f"{rates[len(rates) // 2]:.0f} images/s, {memory:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def num_gpus() -> int:
+    """Of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def environment() -> dict[str, str]:
+    """What figures need to be repeated: device, versions, commit, date."""
+    import torch
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+        cwd=Path(__file__).parent, check=False,
+    )  # fmt: skip
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
+        "python": platform.python_version(),
+        **{package: version_of(package) for package in ("torch", "deepspeed", "triton")},
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return f"{os.cpu_count()} cores, {found[1] if found else platform.machine()}"

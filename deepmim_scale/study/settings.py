@@ -1,0 +1,181 @@
+"""What a study is asked to do, and whether its folder may go on with it. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import model_validator
+
+from deepmim_scale.arguments import read_json
+from deepmim_scale.config import ConfigError, Frozen
+from deepmim_scale.plan.hardware import GPUS, NETWORKS, known
+from deepmim_scale.plan.planner import Cluster
+from deepmim_scale.presets import load_preset
+
+RESULTS = "study.json"
+RUNS = "runs"
+SCHEDULES = ("gpipe", "1f1b", "dib", "dib_w")
+# A study may be extended by these, and predicted for another GPU; all else makes it another study.
+_FREE = frozenset({"output", "depths", "stages", "schedules", "repeats", "gpu", "network",
+                   "hostfile", "dry_run"})  # fmt: skip
+# Flags of pre-training that the study sets for each cell.
+_TAKEN = ("--preset", "--config", "--data", "--output", "--depth", "--stages", "--schedule",
+          "--steps", "--microbatch-size", "--microbatches", "--global-batch")  # fmt: skip
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"{text}: must be numbers as 12,24") from None
+
+
+def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> Any:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+Numbers = Annotated[tuple[int, ...], _comma_separated(_numbers, "N,N,...")]
+Names = Annotated[
+    tuple[str, ...],
+    _comma_separated(lambda text: tuple(dict.fromkeys(text.split(","))), "NAME,NAME,..."),
+]
+
+
+class StudyArguments(Frozen):
+    """Measure images/s, memory, idle share and loss over depth, stages and schedules."""
+
+    output: str
+    """Folder of the study; given again, what is measured already is kept."""
+    preset: str = "deepmim_vit_b_12"
+    """Method, widths and decoders; the depth is the study's."""
+    data: str = ""
+    """Image folder; needed unless --dry-run."""
+    depths: Numbers = (12, 24, 36, 48)
+    """Encoder blocks; a preset's taps are spread evenly at depths that are not its own."""
+    stages: Numbers = (1, 2, 4)
+    """Pipeline stages; one stage (data parallelism with ZeRO-2) is the baseline and always in."""
+    schedules: Names = ("1f1b", "dib")
+    """Of gpipe, 1f1b, dib, dib_w; one stage has nothing to order and runs dib."""
+    steps: int = 30
+    """Optimizer steps of a cell."""
+    warmup_steps: int = 10
+    """First steps of a cell, which are not timed."""
+    repeats: int = 1
+    """Runs of every cell; every other repeat goes through the cells in reverse order."""
+    microbatch_size: int | None = None
+    """B, images per micro-batch and replica (default: the preset's)."""
+    global_batch: int | None = None
+    """G, images per step of every cell (default: the preset's, or B per process)."""
+    nodes: int = 1
+    """Machines; more than one needs --hostfile."""
+    gpus_per_node: int = 0
+    """Processes on each (default: the machine's GPUs, or the largest of --stages)."""
+    gpu: str = "a100-80g"
+    """Predict for v100-16g, v100-32g, a100-40g, a100-80g, h100-80g or h200-141g."""
+    network: str = "edr"
+    """Predict for 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr or 8xndr between nodes."""
+    hostfile: str = ""
+    """DeepSpeed's list of machines, see launcher/hostfile.example."""
+    dry_run: bool = False
+    """Predict only; start nothing."""
+    flags: tyro.conf.Positional[tuple[str, ...]] = ()
+    """After `--`: flags of pretrain for every cell, as `-- --blr 1e-3`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyArguments:
+        for key in ("steps", "repeats", "nodes", "microbatch_size", "global_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}={value}: must be positive")
+        for key in ("depths", "stages"):
+            if min(getattr(self, key)) < 1:
+                raise ValueError(f"{key}={min(getattr(self, key))}: must be positive")
+        if self.gpus_per_node < 0:
+            raise ValueError(f"gpus_per_node={self.gpus_per_node}: must not be negative")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}: must be less than steps={self.steps}"
+            )
+        for name in self.schedules:
+            if name not in SCHEDULES:
+                raise ValueError(f"schedules={name}: unknown; use {', '.join(SCHEDULES)}")
+        known("gpu", self.gpu, GPUS)
+        known("network", self.network, NETWORKS)
+        for word in self.flags:
+            flag = word.split("=")[0].replace("_", "-")
+            if flag in _TAKEN:
+                raise ValueError(f"{flag}: is set by the study's own flags, those before `--`")
+        if self.flags and not self.flags[0].startswith("--"):
+            raise ValueError(f"{self.flags[0]}: unknown word; flags of pretrain come after `--`")
+        return self
+
+    @property
+    def processes(self) -> int:
+        """Of every cell."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def cluster(self) -> Cluster:
+        """What predictions are for."""
+        return Cluster(self.nodes, self.gpus_per_node, GPUS[self.gpu], NETWORKS[self.network])
+
+
+def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
+    """Fill in what the preset and a machine with `num_gpus` decide; ConfigError for a mistake."""
+    preset = load_preset(args.preset)
+    if not args.data and not args.dry_run:
+        raise ConfigError("data: missing; give an image folder, or --dry-run to predict only")
+    if args.nodes > 1 and not args.hostfile and not args.dry_run:
+        raise ConfigError(
+            f"nodes={args.nodes}: need --hostfile FILE; see launcher/hostfile.example"
+        )
+    per_node = args.gpus_per_node or num_gpus or max(args.stages)
+    size = args.microbatch_size or preset.microbatch_size
+    batch = args.global_batch or preset.global_batch or size * per_node * args.nodes
+    changes = {"gpus_per_node": per_node, "microbatch_size": size, "global_batch": batch}
+    return args.model_copy(update=changes)
+
+
+def check_folder(args: StudyArguments) -> StudyArguments:
+    """The settings to go on with in the study's folder; ConfigError if it holds another study."""
+    folder = Path(args.output)
+    saved = folder / RESULTS
+    if not saved.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"output={folder}: holds other files; choose an empty folder")
+        return args
+    if not (folder / RUNS).is_dir():  # predictions only
+        return args
+    theirs = read_json(str(saved))["settings"]
+    if args.dry_run:  # draws the tables again
+        args = args.model_copy(update={"data": theirs["data"]})
+    for key, value in args.model_dump(mode="json").items():
+        if key not in _FREE and theirs.get(key) != value:
+            raise ConfigError(
+                f"{key}={value}: {folder} holds a study with {key}={theirs.get(key)}; "
+                "choose another --output"
+            )
+    return args
+
+
+def command(args: StudyArguments) -> str:
+    """The line that asks for these settings."""
+    words = ["deepmim-scale", "study"]
+    for key, field in StudyArguments.model_fields.items():
+        value = getattr(args, key)
+        if key == "flags" or value == field.default:
+            continue
+        words.append(f"--{key.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join([*words, *(["--", *args.flags] if args.flags else [])])
