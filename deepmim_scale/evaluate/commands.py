@@ -1,15 +1,21 @@
-"""Command line of the evaluations: `deepmim-scale evaluate digits RUN`."""
+"""Command line of the evaluations: `deepmim-scale evaluate digits|knn|linear RUN`."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from deepmim_scale.config import Frozen
+from deepmim_scale.config import ConfigError, Frozen
+
+if TYPE_CHECKING:
+    from deepmim_scale.evaluate.classes import Classes
+    from deepmim_scale.evaluate.folder import Probe
 
 
 class DigitsArguments(Frozen):
@@ -19,6 +25,30 @@ class DigitsArguments(Frozen):
     """Folder of a run with 32-pixel input."""
     json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
     """File for the table (default RUN/digits.json)."""
+
+
+class FolderArguments(Frozen):
+    """Probe a run's frozen features on the classes of an image folder."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    data: str = ""
+    """Folder with train/<class> and val/<class> (default: the run's)."""
+    pool: tuple[Literal["class", "mean", "2x2"], ...] = ("class", "mean", "2x2")
+    """How tokens become features: the class token, the patches' mean, the means of quarters."""
+    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
+    """Also write the accuracies to this file."""
+
+
+class KnnArguments(FolderArguments):
+    """Weighted k-NN on the classes of an image folder, by cosine as DINO evaluates."""
+
+    k: int = 20
+    """Neighbours that vote, with weights exp(cosine / 0.07)."""
+
+
+class LinearArguments(FolderArguments):
+    """Logistic regression on the classes of an image folder; for thousands of images."""
 
 
 def run_digits(arguments: DigitsArguments) -> None:
@@ -36,3 +66,62 @@ def run_digits(arguments: DigitsArguments) -> None:
         print(f"best {title}: {100 * best.mean:.1f} ({best.features}, {best.pool}, {best.probe})")
     output = Path(arguments.json_file or Path(arguments.run) / "digits.json")
     output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def run_knn(arguments: KnnArguments) -> None:
+    """Print the table of k-NN accuracies."""
+    from deepmim_scale.evaluate.classes import open_classes
+    from deepmim_scale.evaluate.probes import TEMPERATURE, knn_weighted
+
+    data = _data(arguments)
+    classes, k = open_classes(data), arguments.k
+    if not 0 < k <= len(classes.labels):
+        raise ConfigError(f"k={k}: must be from 1 to the {len(classes.labels)} training images")
+    settings = {"probe": "knn", "k": k, "temperature": TEMPERATURE}
+    _probe(arguments, classes, partial(knn_weighted, k=k), settings)
+
+
+def run_linear(arguments: LinearArguments) -> None:
+    """Print the table of the linear probe's accuracies."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("linear: scikit-learn is not installed; pip install scikit-learn")
+    from deepmim_scale.evaluate.classes import open_classes
+    from deepmim_scale.evaluate.probes import FOLDS, linear
+
+    data = _data(arguments)
+    classes = open_classes(data)
+    name, fewest = classes.fewest
+    if fewest < FOLDS:
+        raise ConfigError(
+            f"data={data}: {fewest} training images of class {name}; the linear probe needs "
+            f"{FOLDS} of each class to choose its regularisation; use evaluate knn"
+        )
+    _probe(arguments, classes, partial(linear, num_splits=1), {"probe": "linear"})
+
+
+def _data(arguments: FolderArguments) -> str:
+    from deepmim_scale.train.run_folder import load_run_config
+
+    run = load_run_config(arguments.run)
+    if not arguments.pool:
+        raise ConfigError("pool: names nothing; give one or more of class, mean, 2x2")
+    return arguments.data or run.data
+
+
+def _probe(
+    arguments: FolderArguments, classes: Classes, probe: Probe, settings: dict[str, Any]
+) -> None:
+    from deepmim_scale.evaluate.features import PIXELS
+    from deepmim_scale.evaluate.folder import probe_folder, table
+
+    given = ", ".join(f"{key} {value}" for key, value in settings.items())
+    sizes = f"{len(classes.labels)} training and {len(classes.expected)} held-out images"
+    print(f"{given}; {sizes}, {max(classes.labels) + 1} classes; accuracy in %")
+    accuracies = probe_folder(arguments.run, classes, probe, arguments.pool)
+    print(table(accuracies, arguments.pool))
+    print(f"raw pixels: {100 * accuracies[PIXELS]:.1f}; largest class: {100 * classes.largest:.1f}")
+    if arguments.json_file:
+        rows = [{**key._asdict(), "accuracy": value} for key, value in accuracies.items()]
+        content = {"run": arguments.run, "data": classes.train.root, **settings,
+                   "largest_class": classes.largest, "rows": rows}  # fmt: skip
+        Path(arguments.json_file).write_text(json.dumps(content, indent=1) + "\n")

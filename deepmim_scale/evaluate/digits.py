@@ -9,7 +9,7 @@ import torch
 
 from deepmim_scale.config import ConfigError
 from deepmim_scale.data.samples import load_digits_probe
-from deepmim_scale.evaluate.features import load_model, pool, tapped_tokens, untrained_model
+from deepmim_scale.evaluate.features import PIXELS, Key, load_model, pooled, untrained_model
 from deepmim_scale.evaluate.probes import PROBES
 
 NUM_LABELS = 100
@@ -29,9 +29,7 @@ class Row:
     std: float
 
 
-def probe_rows(
-    encoder: str, name: str, pool: str, features: np.ndarray, labels: np.ndarray
-) -> list[Row]:
+def probe_rows(key: Key, features: np.ndarray, labels: np.ndarray) -> list[Row]:
     """Rows of all probes for features [N, F] with labels [N]; the draws are fixed."""
     rows = []
     for probe, accuracy in PROBES.items():
@@ -40,7 +38,7 @@ def probe_rows(
             order = np.random.RandomState(draw).permutation(len(labels))
             train, test = order[:NUM_LABELS], order[NUM_LABELS:]
             scores.append(accuracy(features[train], labels[train], features[test], labels[test]))
-        rows.append(Row(encoder, name, pool, probe, float(np.mean(scores)), float(np.std(scores))))
+        rows.append(Row(*key, probe, float(np.mean(scores)), float(np.std(scores))))
     return rows
 
 
@@ -50,13 +48,11 @@ def probe_run(run: str) -> list[Row]:
     if trained.config.img_size != 32:
         raise ConfigError(f"run={run}: img_size is {trained.config.img_size}; digits are 32 px")
     pixels, labels = load_digits_probe()
-    rows = probe_rows("-", "raw pixels", "-", pixels[:, 0].reshape(len(pixels), -1) / 255, labels)
+    rows = probe_rows(PIXELS, pixels[:, 0].reshape(len(pixels), -1) / 255, labels)
     images = torch.from_numpy(pixels)
     for encoder, model in (("untrained", untrained_model(run)), ("trained", trained)):
-        for name, tokens in tapped_tokens(model, images).items():
-            for kind in POOLS:
-                features = pool(tokens, kind).numpy()
-                rows += probe_rows(encoder, name, kind, features, labels)
+        for key, features in pooled(encoder, model, images, POOLS).items():
+            rows += probe_rows(key, features.numpy(), labels)
     return rows
 
 

@@ -5,8 +5,9 @@ Legend: N images, L patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,18 @@ from deepmim_scale.models.masking import masking_from_noise
 from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.run_folder import load_run_config
 
-BATCH = 256
+POOLS = ("class", "mean", "2x2")
+
+
+class Key(NamedTuple):
+    """What was probed: which encoder, at which block, pooled how."""
+
+    encoder: str
+    features: str
+    pool: str
+
+
+PIXELS = Key("-", "raw pixels", "-")
 
 
 def load_model(run: str | Path) -> Model:
@@ -43,21 +55,13 @@ def hidden_states(model: Model, images: Tensor) -> Iterator[Tensor]:
     as its decoder sees them.
     """
     num_patches = model.config.num_patches
-    order = torch.arange(num_patches, dtype=torch.float32).expand(len(images), -1)
-    hidden = model.embed(normalise(images), masking_from_noise(order, num_patches))[0]
+    order = torch.arange(num_patches, dtype=torch.float32, device=images.device)
+    hidden = model.embed(
+        normalise(images), masking_from_noise(order.expand(len(images), -1), num_patches)
+    )[0]
     for index, block in model.blocks.items():
         hidden = block(hidden)
         yield model.norm(hidden) if int(index) + 1 == model.config.depth else hidden
-
-
-def tapped_tokens(model: Model, images: Tensor) -> dict[str, Tensor]:
-    """Tokens [N, L+1, D] after every tapped block, class token first, of uint8 images."""
-    result: dict[str, list[Tensor]] = {f"block{block:02d}": [] for block in model.config.taps}
-    for part in images.split(BATCH):
-        for number, hidden in enumerate(hidden_states(model, part), start=1):
-            if number in model.config.taps:
-                result[f"block{number:02d}"].append(hidden)
-    return {name: torch.cat(parts) for name, parts in result.items()}
 
 
 def pool(tokens: Tensor, kind: str) -> Tensor:
@@ -72,3 +76,13 @@ def pool(tokens: Tensor, kind: str) -> Tensor:
     side = {"mean": 1, "2x2": 2}[kind]
     planes = patches.unflatten(2, (grid, grid))
     return torch.nn.functional.adaptive_avg_pool2d(planes, side).flatten(1)
+
+
+def pooled(encoder: str, model: Model, images: Tensor, pools: Sequence[str]) -> dict[Key, Tensor]:
+    """Features [N, F] of every tapped block by every pooling, of images [N, 3, S, S]."""
+    result = {}
+    for number, hidden in enumerate(hidden_states(model, images), start=1):
+        if number in model.config.taps:
+            for kind in pools:
+                result[Key(encoder, f"block{number:02d}", kind)] = pool(hidden, kind)
+    return result

@@ -25,7 +25,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 WITHOUT_TORCH = [
     "config", "presets", "arguments", "ds_config", "cli", "train.run_folder", "train.pretrain",
     "plan.cost", "plan.hardware", "analysis.commands", "evaluate.commands", "data.commands",
-    "checkpoint.commands", "data.manifest", "data.sample_plan", "study.cells", "study.commands",
+    "checkpoint.commands", "evaluate.classes", "data.manifest", "data.sample_plan", "study.cells",
+    "study.commands",
 ]  # fmt: skip
 
 
