@@ -25,7 +25,8 @@ def run_study(arguments: StudyArguments) -> None:
     todo = [] if args.dry_run else runner.unfinished(args, cells)
     if todo:
         environment = _go_on(environment, runner.environment())
-        print(f"{len(todo)} of {len(cells) * args.repeats} runs to do", flush=True)
+        legal = [cell for cell in cells if cell.job]
+        print(f"{len(todo)} of {len(legal) * args.repeats} runs to do", flush=True)
         report.write_files(args, report.build_rows(args, cells), environment)
     for _ in runner.run_all(args, todo):
         report.write_files(args, report.build_rows(args, cells), environment)

@@ -26,6 +26,7 @@ from deepmim_scale.study.settings import RUNS, StudyArguments
 from deepmim_scale.train.run_folder import METRICS, read_metrics
 
 PRETRAIN = "deepmim_scale.train.pretrain"
+EXIT_CODE = "exit code"  # begins the last line of a log
 
 
 def run_folder(args: StudyArguments, run: str) -> Path:
@@ -88,7 +89,7 @@ def launch(args: StudyArguments, cell: Cell, repeat: int) -> None:
             launch_command(args, cell, run), stdout=log, stderr=subprocess.STDOUT, env=environment,
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
-        log.write(f"\nexit code {done.returncode}\n")
+        log.write(f"\n{EXIT_CODE} {done.returncode}\n")
 
 
 def log_of(args: StudyArguments, run: str) -> Path:
@@ -97,23 +98,24 @@ def log_of(args: StudyArguments, run: str) -> Path:
 
 
 def failure(args: StudyArguments, run: str) -> str:
-    """Why a run that was launched did not come to its end, in one line; empty if it was not."""
+    """Why a launched run did not come to its end, in one line; empty if none was launched."""
     path = log_of(args, run)
-    if not path.is_file():
-        return ""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    lines = [re.sub(r"^\[rank\d+\]: *", "", line.strip()) for line in text.splitlines()]
     lines = [line for line in lines if line]
+    if not lines or not lines[-1].startswith(EXIT_CODE):  # the study itself was killed
+        return ""
     memory = [line for line in lines if re.search("out of memory|OutOfMemory", line, re.IGNORECASE)]
     if memory:
-        return f"out of memory: {_short(memory[-1])}"
-    if any(re.search(r"(return code =|exit code) -9\b", line) for line in lines):
-        return "killed (signal 9), as a machine does that is out of memory"
-    # Lines in brackets are the launcher's own about its children.
-    errors = [line for line in lines if re.search("error", line, re.IGNORECASE) and line[0] != "["]
-    return _short((errors or lines or ["no output"])[-1])
+        return f"out of memory: {_short(memory[0])}"
+    if re.search(rf"(return code =|{EXIT_CODE}) -9\b", text):
+        return "killed by signal 9, as the system does when memory runs out"
+    # The first error is the cause; other ranks then complain of the one that left.
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return _short(errors[0] if errors else lines[-1])
 
 
-def _short(line: str, length: int = 160) -> str:
+def _short(line: str, length: int = 200) -> str:
     line = line.removeprefix("error: ")
     return line if len(line) <= length else line[: length - 3] + "..."
 
