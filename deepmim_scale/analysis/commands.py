@@ -1,12 +1,18 @@
-"""Command line of the pictures: `deepmim-scale analyse reconstruct|losses RUN`."""
+"""Command line of the pictures: `deepmim-scale analyse reconstruct|losses|attention|cka RUN`."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
 
 import tyro
 
-from deepmim_scale.config import Frozen
+from deepmim_scale.config import ConfigError, Frozen, even_taps
+
+SHOWN = 6  # blocks in the printed table
 
 
 class ReconstructArguments(Frozen):
@@ -27,6 +33,38 @@ class LossesArguments(Frozen):
     """Folder of a run."""
     output: str = ""
     """Folder for losses.png (default: the run's)."""
+
+
+class AttentionArguments(Frozen):
+    """Measure and draw how far each head looks, on whole held-out images."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    data: str = ""
+    """Image folder with a held-out part (default: the run's)."""
+    images: int = 256
+    """How many held-out images, spread over the classes."""
+    output: str = ""
+    """Folder for attention.png (default: the run's)."""
+    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
+    """File for the numbers (default attention.json beside the picture)."""
+
+
+class CkaArguments(Frozen):
+    """Compare the representations of all blocks by linear CKA, on whole held-out images."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    run2: str = ""
+    """Another run, whose blocks are compared with RUN's (default: RUN's with each other)."""
+    data: str = ""
+    """Image folder with a held-out part (default: the run's)."""
+    images: int = 256
+    """How many held-out images, spread over the classes."""
+    output: str = ""
+    """Folder for cka.png (default: the run's)."""
+    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
+    """File for the numbers (default cka.json beside the picture)."""
 
 
 def _picture(output: str, run: str, name: str) -> Path:
@@ -68,3 +106,71 @@ def run_losses(arguments: LossesArguments) -> None:
     path = _picture(arguments.output, arguments.run, "losses.png")
     draw(rows, path)
     print(f"wrote {path}")
+
+
+def run_attention(arguments: AttentionArguments) -> None:
+    """Write attention.png and attention.json, and print a line per block."""
+    from deepmim_scale.train.run_folder import load_run_config
+
+    config = load_run_config(arguments.run)
+    _check_images(arguments.images)
+    from deepmim_scale.analysis import attention
+    from deepmim_scale.analysis.images import open_held_out, spread, whole_images
+    from deepmim_scale.evaluate.features import load_model
+
+    manifest = spread(open_held_out(arguments.data or config.data), arguments.images)
+    blocks = attention.measure(load_model(arguments.run), whole_images(config, manifest))
+    uniform = attention.patch_distances(config.model.grid_size).mean().item()
+    print(f"attention of {len(manifest)} held-out images; distances in patches")
+    for block in blocks:
+        low, high, mean = (f(block.distances) for f in (min, max, fmean))
+        print(f"  block {block.block:2d}  distance {mean:5.2f}  heads {low:5.2f} to {high:5.2f}  "
+              f"cosine between heads {block.head_cosine:.3f}")  # fmt: skip
+    print(f"  uniform attention: {uniform:.2f}")
+    path = _picture(arguments.output, arguments.run, "attention.png")
+    attention.draw(blocks, uniform, path)
+    content = {"images": len(manifest), "uniform": uniform, "blocks": [asdict(b) for b in blocks]}
+    _write(content, path, arguments.json_file)
+
+
+def run_cka(arguments: CkaArguments) -> None:
+    """Write cka.png and cka.json, and print CKA between a few blocks."""
+    from deepmim_scale.train.run_folder import load_run_config
+
+    runs = (arguments.run, arguments.run2 or arguments.run)
+    configs = [load_run_config(run) for run in runs]
+    _check_images(arguments.images)
+    from deepmim_scale.analysis import cka
+    from deepmim_scale.analysis.images import open_held_out, spread, whole_images
+    from deepmim_scale.evaluate.features import load_model
+
+    data = arguments.data or configs[0].data
+    manifest = spread(open_held_out(data), arguments.images)
+    if len(manifest) < cka.FEWEST:
+        raise ConfigError(f"data={data}: {len(manifest)} held-out images; cka needs {cka.FEWEST}")
+    features = {
+        run: cka.block_features(load_model(run), whole_images(config, manifest))
+        for run, config in zip(runs, configs, strict=True)
+    }
+    table = cka.cka(features[runs[0]], features[runs[1]])
+    print(f"linear CKA of blocks (rows: {runs[0]}, columns: {runs[1]}), {len(manifest)} images")
+    rows, columns = (even_taps(size, min(size, SHOWN)) for size in table.shape)
+    print("         " + " ".join(f"{block:5d}" for block in columns))
+    for row in rows:
+        print(f"  {row:5d}  " + " ".join(f"{table[row - 1, c - 1]:5.2f}" for c in columns))
+    path = _picture(arguments.output, arguments.run, "cka.png")
+    names = [Path(run).name for run in runs]
+    cka.draw(table, names, [config.model.taps for config in configs], path)
+    content = {"images": len(manifest), "runs": runs, "cka": table.tolist()}
+    _write(content, path, arguments.json_file)
+
+
+def _check_images(images: int) -> None:
+    if images < 1:
+        raise ConfigError(f"images={images}: must be positive")
+
+
+def _write(content: dict[str, Any], picture: Path, json_file: str) -> None:
+    file = Path(json_file or picture.with_suffix(".json"))
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {picture} and {file}")

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deepmim_scale.analysis.images import open_held_out
 from deepmim_scale.config import ConfigError, RunConfig
 from deepmim_scale.data.feed import Batch, iter_validation
-from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.models import Model
 from deepmim_scale.models.blocks import gather_tokens
 from deepmim_scale.models.stage import loss_members
@@ -110,10 +111,7 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
 
 def held_out(config: RunConfig, data: str) -> tuple[Manifest, list[Batch]]:
     """The held-out images of `data` with their fixed masks; ConfigError if it has none."""
-    folder = find_split(data, "val")
-    if folder is None:
-        raise ConfigError(f"data={data}: has no held-out part; needs {data}/val/<class>")
-    manifest = open_manifest(folder)
+    manifest = open_held_out(data)
     return manifest, list(iter_validation(config, manifest, replica=0, num_replicas=1))
 
 

@@ -47,18 +47,21 @@ def untrained_model(run: str | Path) -> Model:
     return build_model(config.model, seed=config.seed).eval()
 
 
+def embedded(model: Model, images: Tensor) -> Tensor:
+    """Tokens [N, L+1, D] before the first block, of images [N, 3, S, S], uint8 or normalised."""
+    num_patches = model.config.num_patches
+    order = torch.arange(num_patches, dtype=torch.float32, device=images.device)
+    everything = masking_from_noise(order.expand(len(images), -1), num_patches)
+    return model.embed(normalise(images), everything)[0]
+
+
 @torch.no_grad()
 def hidden_states(model: Model, images: Tensor) -> Iterator[Tensor]:
     """Tokens [N, L+1, D] after each block, class token first, of images [N, 3, S, S] unmasked.
 
-    images: uint8 or normalised. The last block's tokens are normalised by the encoder's final norm,
-    as its decoder sees them.
+    The last block's tokens are normalised by the encoder's final norm, as its decoder sees them.
     """
-    num_patches = model.config.num_patches
-    order = torch.arange(num_patches, dtype=torch.float32, device=images.device)
-    hidden = model.embed(
-        normalise(images), masking_from_noise(order.expand(len(images), -1), num_patches)
-    )[0]
+    hidden = embedded(model, images)
     for index, block in model.blocks.items():
         hidden = block(hidden)
         yield model.norm(hidden) if int(index) + 1 == model.config.depth else hidden
