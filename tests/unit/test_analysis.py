@@ -85,6 +85,14 @@ def test_attention_to_one_place() -> None:
     assert attention.head_cosines(maps[:, :1]).item() == 0, "one head has no pair"
 
 
+def test_class_token_is_left_out() -> None:
+    """Patches that look half at the class token and half at themselves look nowhere else."""
+    maps = torch.eye(10) / 2
+    maps[:, 0] += 0.5
+    patches = attention.between_patches(maps[None, None])
+    assert torch.equal(patches[0, 0], torch.eye(9))
+
+
 def test_hsic_is_the_mean_over_four_images() -> None:
     """Song et al.'s definition, summed over every choice of four different images."""
     x, y = torch.randn(7, 3), torch.randn(7, 5)
