@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +85,20 @@ def read_json(path: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise ConfigError(f"{path}: no valid JSON at {where}: {error.msg}") from None
+
+
+def writable(key: str, path: str | Path) -> Path:
+    """The file `path` that a command will write, its folder made; ConfigError if it cannot be."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Trying is the only sure answer; a file that is not there yet is not begun.
+        trial = path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent)
+        trial.close()
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"{key}={path}: cannot be written ({reason}); choose another") from None
+    return path
 
 
 def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
