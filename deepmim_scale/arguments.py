@@ -93,8 +93,8 @@ def writable(key: str, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Trying is the only sure answer; a file that is not there yet is not begun.
-        trial = path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent)
-        trial.close()
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         reason = error.strerror
         raise ConfigError(f"{key}={path}: cannot be written ({reason}); choose another") from None
