@@ -21,7 +21,7 @@ Row = dict[str, Any]
 BASELINE = "plain data parallelism with ZeRO-2"
 DRAWS = 2000
 COLUMNS = (
-    "depth", "stages", "schedule", "placement", "replicas", "microbatches", "parameters",
+    "cell", "depth", "stages", "schedule", "placement", "replicas", "microbatches", "parameters",
     "status", "note", "images_per_second", "images_per_second_p20", "images_per_second_p80",
     "ratio", "ratio_low", "ratio_high", "images_per_second_per_gpu", "tflops_per_gpu", "mfu",
     "idle", "simulated_idle", "peak_memory_gib", "loss", "last_decoder_loss", "equal_loss",
@@ -58,7 +58,8 @@ def build_rows(args: StudyArguments, cells: list[Cell]) -> list[Row]:
     baselines: dict[int, tuple[Row, list[list[Row]]]] = {}
     for cell in cells:
         row: Row = dict.fromkeys(COLUMNS)
-        row |= {"depth": cell.depth, "stages": cell.stages, "schedule": cell.schedule}
+        row |= {"cell": cell.name, "depth": cell.depth, "stages": cell.stages}
+        row["schedule"] = cell.schedule
         rows.append(row)
         if cell.job is None:
             row |= {"status": "not legal", "note": cell.problem}
@@ -194,7 +195,7 @@ def notes(rows: list[Row]) -> list[str]:
     """What the table has no room for: why cells have no figures, and losses that differ."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        name = f"d{row['depth']}_p{row['stages']}_{row['schedule']}"
+        name = row["cell"]
         if row["note"]:
             found.setdefault(f"{row['status']}: {row['note']}", []).append(name)
         if row["equal_loss"] is False:
@@ -208,7 +209,8 @@ def _show(row: Row, key: str, form: str) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned Markdown; columns without any value are left out."""
+    """Aligned Markdown, columns without any value left out: the CSV has all there is."""
+    measured = any(row["images_per_second"] for row in rows)
     heads: dict[str, list[str]] = {}
     for row in rows:
         ratio, low, high = (_show(row, key, ".2f") for key in ("ratio", "ratio_low", "ratio_high"))
@@ -231,9 +233,9 @@ def table(rows: list[Row]) -> str:
             "loss": _show(row, "loss", ".4f"),
             "same loss": same,
             "predicted images/s": _show(row, "predicted_images_per_second", ".0f"),
-            "ratio (predicted)": _show(row, "predicted_ratio", ".2f"),
-            "MFU (predicted)": _show(row, "predicted_mfu", ".1%"),
-            "GiB (predicted)": _show(row, "predicted_memory_gib", ".1f")
+            "predicted ratio": "" if measured else _show(row, "predicted_ratio", ".2f"),
+            "predicted MFU": "" if measured else _show(row, "predicted_mfu", ".1%"),
+            "predicted GiB": _show(row, "predicted_memory_gib", ".2f")
             + (" (too much)" if row["predicted_fits"] is False else ""),
             "status": row["status"],
         }

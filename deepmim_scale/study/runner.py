@@ -130,8 +130,9 @@ def run_all(args: StudyArguments, todo: list[tuple[Cell, int]]) -> Iterator[None
         now = time.monotonic()
         work += cell.depth
         left = (now - began) / work * (total - work)  # a run's time grows with its depth
-        print(f"[{number}/{len(todo)}] {run}: {_outcome(args, run)}; {now - start:.0f} s, "
-              f"about {_duration(left)} left", flush=True)  # fmt: skip
+        rest = f", about {_duration(left)} left" if left else ""
+        print(f"[{number}/{len(todo)}] {run}: {_outcome(args, run)}; {now - start:.0f} s{rest}",
+              flush=True)  # fmt: skip
         yield
 
 
