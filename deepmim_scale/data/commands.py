@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from deepmim_scale.arguments import writable
 from deepmim_scale.config import ConfigError, Frozen
 
 
@@ -27,7 +29,10 @@ class ScanArgs(Frozen):
 
 
 class VerifyArgs(Frozen):
-    """Decode every image once; lists bad files in DIR/verify.json and DIR/quarantine.txt."""
+    """Decode every image once; lists bad files in DIR/verify.json and DIR/quarantine.txt.
+
+    Exit code 1 if there are unreadable ones.
+    """
 
     dir: tyro.conf.Positional[str]
     """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
@@ -68,16 +73,23 @@ def run_scan(args: ScanArgs) -> None:
 
 def run_verify(args: VerifyArgs) -> None:
     """Check each split's folder; training leaves the files in its quarantine.txt out."""
+    if args.threads < 1:
+        raise ConfigError(f"threads={args.threads}: must be positive; one per CPU core is best")
+    if args.report:
+        writable("json", args.report)
+    from deepmim_scale.data.manifest import shown
     from deepmim_scale.data.verify import verify_folder
 
     reports = [verify_folder(folder, args.threads) for folder in _split_folders(args.dir)]
     for report in reports:
-        print("{folder}: {good} of {images} images good, {unreadable} unreadable, "
-              "{damaged} damaged".format(**report))  # fmt: skip
+        counts = "{good} of {images} images good, {unreadable} unreadable, {damaged} damaged"
+        print(f"{shown(report['folder'])}: {counts.format(**report)}")
         for finding in report["bad"]:
-            print("  {file}: {kind}: {reason}".format(**finding))
+            print(f"  {shown(finding['file'])}: {finding['kind']}: {finding['reason']}")
     if args.report:
         Path(args.report).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    if any(report["unreadable"] for report in reports):
+        sys.exit(1)
 
 
 def _split_folders(data: str) -> list[Path]:

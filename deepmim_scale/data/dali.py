@@ -5,6 +5,7 @@ CUBIC with antialiasing, no fast IDCT, no EXIF rotation: PIL's pixels to 0.2 of 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,7 @@ def stream(
     def columns() -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         rows = next(jobs)  # its StopIteration ends the pipeline's epoch
         started.append(rows)
-        names = [np.frombuffer(path.encode(), np.uint8) for path in rows.paths]
+        names = [np.frombuffer(os.fsencode(path), np.uint8) for path in rows.paths]
         corners, shapes = rows.boxes[:, :2].copy(), rows.boxes[:, 2:].copy()  # no strides in DALI
         return names, corners, shapes, rows.flips.astype(np.int32)[:, None]
 

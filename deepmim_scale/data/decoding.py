@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from deepmim_scale.data.backend import Backend, BadImage, Rows
-from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.data.manifest import Manifest, shown
 from deepmim_scale.data.sample_plan import SamplePlan, crops, flips
 
 Job = tuple[int, np.ndarray]  # step and sample ids int64 [B]
@@ -95,8 +95,8 @@ class Decoding:
         return np.array(found), torch.cat(images)
 
     def _report(self, step: int, sample_id: int, reason: BadImage) -> None:
-        path = self._paths[sample_id]
-        text = str(reason).removeprefix(f"{path}: ")
+        text = str(reason).removeprefix(f"{self._paths[sample_id]}: ")
+        path = shown(self._paths[sample_id])
         if self._on_bad == "fail":
             raise BadImage(
                 f"step {step}: {path}: {text}; run `deepmim-scale data verify "

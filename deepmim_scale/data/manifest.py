@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import exists, isdir, realpath
 from pathlib import Path
 from typing import Literal
 
@@ -68,7 +69,7 @@ class Manifest:
     def describe(self) -> str:
         """One line: number of images and classes, folder, SHA."""
         classes = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}"
-        return f"{len(self):,} images, {classes} in {self.root} (sha {self.sha[:8]})"
+        return f"{len(self):,} images, {classes} in {shown(self.root)} (sha {self.sha[:8]})"
 
     def keep(self, chosen: np.ndarray, *notes: str) -> Manifest:
         """The images where `chosen` (bool [N]) holds; classes keep their numbers."""
@@ -82,11 +83,14 @@ class Manifest:
         """Write an .npz, atomically."""
         text = {"names": self.names, "classes": self.classes, "notes": self.notes}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez_compressed(
-            temporary, text=json.dumps(text), labels=self.labels, heights=self.heights,
-            widths=self.widths, num_bytes=self.num_bytes,
-        )  # fmt: skip
-        temporary.replace(path)
+        try:
+            np.savez_compressed(
+                temporary, text=json.dumps(text), labels=self.labels, heights=self.heights,
+                widths=self.widths, num_bytes=self.num_bytes,
+            )  # fmt: skip
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def find_split(data: str, split: str) -> Path | None:
@@ -123,10 +127,10 @@ def scan_folder(root: str | Path) -> Manifest:
     flat = [name for name in names if "/" not in name]
     if flat and len(flat) < len(names):
         raise ConfigError(
-            f"data={root}: {len(flat)} images (e.g. {flat[0]}) lie beside class folders with "
-            f"{len(names) - len(flat)} images; move them into a class folder"
+            f"data={root}: {len(flat)} images (e.g. {shown(flat[0])}) lie beside class folders "
+            f"with {len(names) - len(flat)} images; move them into a class folder"
         )
-    classes = ["."] if flat else [entry.name for entry in _entries(root) if entry.is_dir()]
+    classes = ["."] if flat else [entry.name for entry in _entries(root) if isdir(entry)]
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number["." if flat else name.split("/")[0]] for name in names], np.int32)
     empty = sorted(set(classes) - {classes[label] for label in labels})
@@ -173,7 +177,14 @@ def read_quarantine(root: Path) -> set[str]:
     path = root / QUARANTINE_NAME
     if not path.exists():
         return set()
-    return {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+    fields = (line.split("\t")[0] for line in path.read_text(encoding="utf-8").split("\n"))
+    # An image's name ends in an extension, so a quote at the end is JSON's.
+    return {json.loads(field) if field.endswith('"') else field for field in fields}
+
+
+def shown(name: str) -> str:
+    """A file's name on one printable line; one that would not be becomes a JSON string."""
+    return name if name.isprintable() else json.dumps(name)
 
 
 def _load(root: Path, saved: Path) -> Manifest:
@@ -202,30 +213,41 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """(name below root, file size) in sorted order, and notes on files that are no images."""
+    """(name below root, file size) in sorted order, and notes on what is no image.
+
+    Links are followed; those that lead nowhere or back to a folder above them are left out.
+    """
     found: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
+    links: list[str] = []
 
-    def walk(folder: str, prefix: str) -> None:
+    def walk(folder: str, prefix: str, above: tuple[str, ...]) -> None:
+        above = (*above, realpath(folder))
         for entry in _entries(folder):
+            name = prefix + entry.name
             extension = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
-                walk(entry.path, f"{prefix}{entry.name}/")
+            if entry.is_symlink() and (not exists(entry) or realpath(entry) in above):
+                links.append(name)
+            elif entry.is_dir():
+                walk(entry.path, f"{name}/", above)
             elif extension in EXTENSIONS:
-                found.append((prefix + entry.name, entry.stat().st_size))
+                found.append((name, entry.stat().st_size))
             elif entry.name not in OWN_FILES:
                 others[extension or "no extension"] += 1
 
-    walk(str(root), "")
-    counts = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
+    walk(str(root), "", ())
+    notes = []
+    if others:
+        counts = (f"{count} {shown(extension)}" for extension, count in others.most_common(5))
+        notes.append(f"files of other kinds ignored: {', '.join(counts)}")
+    if links:
+        notes.append(f"{len(links)} broken or circular links left out: {_few(links)}")
     if not found:
-        folders = sum(entry.is_dir() for entry in _entries(root))
         raise ConfigError(
-            f"data={root}: no images; found {folders} folders and "
-            f"{f'files of other kinds ({counts})' if others else 'no other files'}; "
-            f"images end in {' '.join(EXTENSIONS)}"
+            f"data={root}: no images; found {sum(map(isdir, _entries(root)))} folders and "
+            f"{'; '.join(notes) or 'no other files'}; images end in {' '.join(EXTENSIONS)}"
         )
-    return sorted(found), [f"files of other kinds ignored: {counts}"] if others else []
+    return sorted(found), notes
 
 
 def _header(path: str) -> tuple[int, int]:
@@ -241,9 +263,10 @@ def listing_sha(listing: Iterable[tuple[str, int]]) -> str:
     """SHA-256 over (name, file size)."""
     digest = hashlib.sha256()
     for name, size in listing:
-        digest.update(f"{name}\0{size}\n".encode())
+        digest.update(os.fsencode(name) + f"\0{size}\n".encode())
     return digest.hexdigest()
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more

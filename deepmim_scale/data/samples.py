@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from deepmim_scale.arguments import writable
 from deepmim_scale.config import ConfigError
 from deepmim_scale.data.philox import SAMPLES, below, philox
 
@@ -47,6 +48,7 @@ def write_samples(out: str | Path) -> bool:
         raise ConfigError(f"out={out}: holds other files; name a new or empty folder")
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    writable("out", temporary)
     for number, name in enumerate(PHOTOS):
         _write_photo(temporary, number, name)
     images, _ = _digits()

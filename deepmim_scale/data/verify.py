@@ -19,7 +19,13 @@ from typing import Any
 from tqdm import tqdm
 
 from deepmim_scale.data.backend import BadImage
-from deepmim_scale.data.manifest import QUARANTINE_NAME, REPORT_NAME, list_images, listing_sha
+from deepmim_scale.data.manifest import (
+    QUARANTINE_NAME,
+    REPORT_NAME,
+    list_images,
+    listing_sha,
+    shown,
+)
 from deepmim_scale.data.torch_backend import read_image
 
 CHUNK = 64
@@ -57,7 +63,8 @@ def verify_folder(root: Path, threads: int) -> dict[str, Any]:
         "bad": [{"file": name, "kind": kind, "reason": reason} for name, kind, reason in bad],
     }  # fmt: skip
     _write(root / REPORT_NAME, json.dumps(report, indent=1) + "\n")
-    _write(root / QUARANTINE_NAME, "".join(f"{name}\t{kind}: {why}\n" for name, kind, why in bad))
+    lines = (f"{shown(name)}\t{kind}: {reason}\n" for name, kind, reason in bad)
+    _write(root / QUARANTINE_NAME, "".join(lines))
     state.unlink()
     return report
 

@@ -1,5 +1,7 @@
 """Image folders: layouts, what is refused, stale manifests, and the commands on top."""
 
+import errno
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 from deepmim_scale.config import ConfigError
 from deepmim_scale.data.commands import ScanArgs, run_scan
 from deepmim_scale.data.manifest import find_split, open_manifest, scan_folder
+from deepmim_scale.data.torch_backend import read_image
 
 
 def write(path, height=6, width=9, mode="RGB"):
@@ -65,6 +68,51 @@ def test_other_files_are_counted(folder):
     (folder / "cat" / "moving.gif").write_bytes(b"GIF89a")
     (folder / "readme").write_text("x")
     assert "files of other kinds ignored: 1 .gif, 1 no extension" in scan_folder(folder).notes
+
+
+def test_links_that_lead_nowhere_or_back(folder):
+    (folder / "cat" / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "cat" / "self.png").symlink_to("self.png")
+    (folder / "ant" / "deep" / "up").symlink_to("../..")
+    (folder / "dog").symlink_to("cat")  # follows as any folder
+    manifest = scan_folder(folder)
+    assert manifest.names == ("ant/b.jpg", "ant/deep/a.PNG", "cat/c.jpeg", "dog/c.jpeg")
+    assert manifest.notes[0] == (
+        "5 broken or circular links left out: ant/deep/up, cat/gone.jpg, cat/self.png and 2 more"
+    )
+
+
+def test_only_broken_links(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(ConfigError, match=r"no images; found 0 folders and 1 broken .*: a.jpg;"):
+        scan_folder(tmp_path)
+
+
+def test_names_that_are_no_utf8(folder, capsys):
+    os.rename(folder / "cat" / "c.jpeg", os.fsencode(folder / "cat") + b"/c\xff.jpg")
+    scanned = scan_folder(folder)
+    assert os.fsencode(scanned.names[2]) == b"cat/c\xff.jpg"
+    run_scan(ScanArgs(dir=str(folder)))
+    saved = open_manifest(folder)
+    assert (saved.names, saved.sha) == (scanned.names, scanned.sha)
+    assert read_image(saved.paths[2]).shape == (9, 3, 3)
+    (folder / "cat" / os.fsdecode(b"\xfe.jpg")).write_bytes(b"")
+    run_scan(ScanArgs(dir=str(folder)))
+    with pytest.raises(ConfigError, match=r'unreadable images: "cat/\\udcfe.jpg"; run') as error:
+        open_manifest(folder)
+    str(error.value).encode()
+
+
+def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
+    def full(path, **_):
+        path.write_bytes(b"PK")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        scan_folder(folder).save(folder / "manifest.npz")
+    assert sorted(folder.iterdir()) == before
 
 
 def test_missing_and_empty(tmp_path):

@@ -46,6 +46,11 @@ def test_same_bytes_again_and_second_call_keeps(folder, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
 
 
+def test_place_that_cannot_be_written():
+    with pytest.raises(ConfigError, match=r"^out=/proc/nowhere/\S+: cannot be written"):
+        write_samples("/proc/nowhere/samples")
+
+
 def test_half_written_is_never_there(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

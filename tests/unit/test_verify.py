@@ -152,7 +152,9 @@ def test_command_reports_and_training_honours_it(tmp_path, capsys):
         for i in range(3):
             picture(seed=i).save(tmp_path / split / "a" / f"{i}.jpg")
     (tmp_path / "train" / "a" / "1.jpg").write_bytes(b"")
-    run_verify(VerifyArgs(dir=str(tmp_path), report=str(tmp_path / "r.json")))
+    with pytest.raises(SystemExit) as stop:
+        run_verify(VerifyArgs(dir=str(tmp_path), report=str(tmp_path / "r.json")))
+    assert stop.value.code == 1
     out = capsys.readouterr().out
     assert "2 of 3 images good, 1 unreadable, 0 damaged" in out
     assert "a/1.jpg: unreadable: not an image" in out
@@ -160,6 +162,37 @@ def test_command_reports_and_training_honours_it(tmp_path, capsys):
     assert [report["good"] for report in reports] == [2, 3]
     assert json.loads((tmp_path / "train" / "verify.json").read_text()) == reports[0]
     assert open_manifest(tmp_path / "train").names == ("a/0.jpg", "a/2.jpg")
+
+
+NAMES = [b"tab\t.jpg", b"line\nbreak.jpg", "line\u2028break.jpg".encode(), b"next\xc2\x85.jpg",
+         b"\xff.jpg", b'"quoted".jpg', "\N{SNOWMAN} plain.jpg".encode()]  # fmt: skip
+
+
+def test_quarantine_takes_any_name(tmp_path, capsys):
+    picture().save(tmp_path / "good.jpg")
+    for name in NAMES:
+        (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(SystemExit):
+        run_verify(VerifyArgs(dir=str(tmp_path)))
+    out = capsys.readouterr().out
+    assert len(out.encode().splitlines()) == 1 + len(NAMES), "a line for each file"
+    assert "\N{SNOWMAN} plain.jpg: unreadable" in out
+    assert open_manifest(tmp_path).names == ("good.jpg",)
+
+
+def test_damaged_files_are_no_failure(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(flipped(tmp_path / "x.jpg"))
+    run_verify(VerifyArgs(dir=str(tmp_path)))
+    assert json.loads((tmp_path / "verify.json").read_text())["damaged"] == 1
+
+
+@pytest.mark.parametrize("words", [{"threads": 0}, {"threads": -1}, {"report": "/proc/nowhere/x"}])
+def test_mistakes_come_before_the_work(words, tmp_path):
+    picture().save(tmp_path / "0.jpg")
+    ((key, value),) = words.items()
+    with pytest.raises(ConfigError, match=f"^{'json' if key == 'report' else key}={value}: "):
+        run_verify(VerifyArgs(dir=str(tmp_path), **words))
+    assert [path.name for path in tmp_path.iterdir()] == ["0.jpg"]
 
 
 def test_interrupted_check_goes_on(tmp_path, monkeypatch):
