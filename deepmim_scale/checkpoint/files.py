@@ -45,16 +45,16 @@ def start(final: Path) -> None:
 
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """One safetensors file with `metadata` in its header, on disk when this returns."""
+) -> str:
+    """One safetensors file with `metadata` in its header, on disk when this returns its digest."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     _sync(path)
+    return _digest(path)
 
 
-def finish(final: Path, state: dict[str, Any]) -> None:
-    """Write state.json with all digests, then rename the part folder to its final name."""
+def finish(final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+    """Write state.json with its files' digests, then rename the part folder to its final name."""
     part = part_folder(final)
-    digests = {file.name: _digest(file) for file in sorted(part.glob("*.safetensors"))}
     content = {"format": FORMAT, **state, "sha256": digests}
     (part / STATE).write_text(json.dumps(content, indent=1) + "\n")
     _sync(part / STATE)

@@ -17,23 +17,28 @@ def save_checkpoint(
     run: str, step: int, engine: zero.Engine, *, stage: int, replica: int, state: dict[str, Any]
 ) -> Path:
     """Write the checkpoint of `step`; every rank calls it, replica 0 of each stage writes."""
-    final = files.step_folder(run, step)
+    final, writes = files.step_folder(run, step), replica == 0
     if dist.get_rank() == 0:
         files.start(final)
-    moments, weights = zero.optimizer_state(engine), zero.master_weights(engine)
+    moments = zero.optimizer_state(engine, keep=writes)
+    weights = zero.master_weights(engine, keep=writes)
     dist.barrier()
-    if replica == 0:
-        part = files.part_folder(final)
+    digests: dict[str, str] = {}
+    if writes:
         # Decoders of one stage share their frozen position table: it is stored once.
         for name, parameter in global_parameters(engine.module).items():
             if not parameter.requires_grad:
                 weights[name] = parameter.detach().float().cpu()
-        files.write_tensors(part / f"weights_stage{stage:02d}.safetensors", weights)
-        files.write_tensors(part / f"optimizer_stage{stage:02d}.safetensors", moments)
-    dist.barrier()
+        for kind, tensors in (("weights", weights), ("optimizer", moments)):
+            file = files.part_folder(final) / f"{kind}_stage{stage:02d}.safetensors"
+            digests[file.name] = files.write_tensors(file, tensors)
+    # From those who wrote: a network's file system may show rank 0 their files later.
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, digests)
     if dist.get_rank() == 0:
         content = {"step": step, **state, "loss_scaler": zero.scaler_state(engine)}
-        files.finish(final, content)
+        whole = {name: digest for part in everyone for name, digest in part.items()}
+        files.finish(final, content, dict(sorted(whole.items())))
     dist.barrier()
     return final
 

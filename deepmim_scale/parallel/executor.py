@@ -32,6 +32,7 @@ from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import RankStages, message_specs
 from deepmim_scale.plan.partition import Layout
 from deepmim_scale.plan.schedule import Instruction, Kind, Message, Payload, Schedule
+from deepmim_scale.targets.pixels import normalise
 
 EVALUATION_KINDS = frozenset({"forward", "decoder", "decoder_forward", "decoder_backward", "flush"})
 EVALUATION_PAYLOADS = frozenset({"activation", "prediction"})
@@ -39,12 +40,11 @@ EVALUATION_PAYLOADS = frozenset({"activation", "prediction"})
 
 @dataclass
 class MicroBatch:
-    """What every stage has of a micro-batch: images [B, C, H, W] (uint8 or normalised float),
-    noise [B, L] and, for loss cosine, the teacher's features [B, L+1, P]."""
+    """What every stage has of a micro-batch: images [B, C, H, W] (uint8 or normalised float) and
+    noise [B, L]."""
 
     images: Tensor
     noise: Tensor
-    teacher: Tensor | None = None
 
 
 @dataclass
@@ -57,10 +57,6 @@ class _Work:
     predictions: dict[str, Tensor] = field(default_factory=dict)
     decoder_queue: WeightQueue = field(default_factory=WeightQueue)
     encoder_queue: WeightQueue = field(default_factory=WeightQueue)
-
-
-class StepFailed(RuntimeError):
-    """An instruction could not be carried out; names rank, stage, micro-batch and instruction."""
 
 
 class Executor:
@@ -82,9 +78,8 @@ class Executor:
         self.config, self.layout, self.precision, self.device = config, layout, precision, device
         self._clock = Clock(device)
         self._marks: list[tuple[Instruction, Any, Any]] = []
-        self.on_failure: Callable[[RuntimeError], object] = lambda error: None
-        """Called where an instruction fails, before its callers clean up: on its way out of a step
-        DeepSpeed would reduce gradients, with peers that are elsewhere or gone."""
+        self.teacher: Callable[[Tensor, Tensor], Tensor] | None = None
+        """Targets from (images normalised, noise) where they are not raw pixels, see `targets`."""
         self._current = schedule.ranks[rank][-1]
         names = decoder_names(config)
         self._names = [[names[config.taps[k]] for k in stage.decoders] for stage in layout]
@@ -132,7 +127,7 @@ class Executor:
     ) -> dict[str, Tensor]:
         """One step over M micro-batches; returns this rank's losses, summed over them.
 
-        `backward` is called with scalars, num_backward_calls times. StepFailed names what failed.
+        `backward` is called with scalars, num_backward_calls times.
         """
         return self._execute(self.schedule.ranks[self.rank], batches, backward)
 
@@ -161,17 +156,13 @@ class Executor:
         self._masks = [masking_from_noise(b.noise, self.config.num_visible) for b in batches]
         self._criteria: dict[int, Criterion] = {}
         self._marks = []
-        for step in steps:
-            self._current = step
-            began = self._clock.mark()
-            try:
-                with zero.autocast(self.precision, self.device):
-                    self._run[step.kind](step)
-            except RuntimeError as error:
-                self.on_failure(error)
-                rank = torch.distributed.get_rank()
-                raise StepFailed(f"rank {rank}, {self.where}: {error}") from error
-            self._marks.append((step, began, self._clock.mark()))
+        # Entered once, so that the 16-bit copies of the weights serve all micro-batches.
+        with zero.autocast(self.precision, self.device):
+            for step in steps:
+                self._current = step
+                began = self._clock.mark()
+                self._run[step.kind](step)
+                self._marks.append((step, began, self._clock.mark()))
         return self._losses
 
     @property
@@ -240,8 +231,10 @@ class Executor:
         m = step.microbatch
         if m not in self._criteria:
             batch = self._batches[m]
+            # Here and not before the step: it fills bubbles, and few micro-batches hold features.
+            teacher = self.teacher and self.teacher(normalise(batch.images), batch.noise)
             stage = self.stages[step.stage]
-            self._criteria[m] = stage.criterion(batch.images, self._masks[m], batch.teacher)
+            self._criteria[m] = stage.criterion(batch.images, self._masks[m], teacher)
         return self._criteria[m]
 
     def _add_loss(self, name: str, loss: Tensor) -> None:
@@ -308,6 +301,7 @@ class Executor:
             self._post("gradient", step, step.stage - 1, sent)
         work.inputs = work.outputs = ()
         work.leaves = {}
+        self._criteria.pop(step.microbatch, None)
 
     def _decoder_weight_gradient(self, step: Instruction) -> None:
         self._at(step).decoder_queue.run()

@@ -33,7 +33,7 @@ def is_of_peers(error: BaseException) -> bool:
     return isinstance(error, dist.DistError | PeerFailed | FeedMismatch) or "/gloo/" in str(error)
 
 
-def leave(error: RuntimeError, executor: Executor | None) -> NoReturn:
+def leave(error: Exception, executor: Executor | None) -> NoReturn:
     """End this process at once, whatever its threads and process groups still wait for.
 
     The last line on stderr names rank, stage, micro-batch, instruction and function; the traceback
@@ -48,6 +48,8 @@ def leave(error: RuntimeError, executor: Executor | None) -> NoReturn:
     where = executor.where if executor else "starting"
     # "[/path/to/gloo/pair.cc:545] Timed out ... . This is typically caused by ..."
     reason = re.sub(r"^\[\S*\] ", "", str(error)).split("\n")[0].split(". ")[0]
+    if not is_of_peers(error):
+        reason = f"{type(error).__name__}: {reason}"
     rank = os.environ.get("RANK", "0")
     print(f"error: rank {rank}, {where}, in {function}: {reason}", file=sys.stderr, flush=True)
     os._exit(1)

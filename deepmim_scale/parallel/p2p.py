@@ -1,7 +1,7 @@
 """Messages between the stages of one replica, each wait with a time-out.
 
-A message's tensors follow one another on the channel of their payload and direction, in micro-batch
-order at both ends (plan/schedule.py), so they need no tags.
+Every payload has a channel of its own from one rank to another, on which its messages follow one
+another in micro-batch order at both ends (plan/schedule.py), so they need no tags.
 """
 
 from __future__ import annotations
@@ -15,69 +15,101 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepmim_scale.parallel.stages import Spec
-from deepmim_scale.plan.schedule import Instruction, Payload, Pipeline
+from deepmim_scale.plan.schedule import Instruction, Payload, Pipeline, Schedule
 
-PAYLOADS: tuple[Payload, ...] = ("activation", "gradient", "prediction", "prediction_gradient")
+Channel = tuple[Payload, int, int]
+"""Payload, source and target as ranks of the pipeline."""
+
+
+def channels_of(schedule: Schedule) -> list[Channel]:
+    """All channels of a schedule, in an order that every rank agrees on."""
+    sends = [step for rank in schedule.ranks for step in rank if step.kind == "send"]
+    return sorted({_channel(schedule.pipeline, step) for step in sends})
+
+
+def _channel(pipeline: Pipeline, message: Instruction) -> Channel:
+    assert message.payload is not None, f"{message} is no message"
+    assert message.peer is not None, f"{message} has no peer"
+    mine, theirs = (pipeline.rank_of(stage) for stage in (message.stage, message.peer))
+    source, target = (mine, theirs) if message.kind == "send" else (theirs, mine)
+    return message.payload, source, target
 
 
 class Channels:
-    """Point-to-point messages of one rank; `ranks` are its replica's global ranks in order."""
+    """Point-to-point messages of one rank; `replicas` are the global ranks of each pipeline."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        ranks: list[int],
+        schedule: Schedule,
+        replicas: list[list[int]],
         device: torch.device,
         timeout_seconds: float,
     ) -> None:
         self.bytes_sent: Counter[Payload] = Counter()
         """Payload bytes sent since the start."""
-        self._pipeline, self._ranks, self._device = pipeline, ranks, device
-        self._timeout = timedelta(seconds=timeout_seconds)
+        self._pipeline, self._device = schedule.pipeline, device
+        me, timeout = dist.get_rank(), timedelta(seconds=timeout_seconds)
+        self._ranks = next(ranks for ranks in replicas if me in ranks)
         # gloo carries no CUDA tensors point to point: several stages may share one GPU this way.
-        self._through_host = dist.get_backend() == "gloo" and device.type == "cuda"
+        gloo = dist.get_backend() == "gloo"
+        self._where = torch.device("cpu") if gloo else device
+        # NCCL would poll on the host for a time-out of the wait; it has its own watchdog.
+        self._wait: dict[str, timedelta] = (
+            {"timeout": timeout} if dist.get_backend() == "gloo" else {}
+        )
         self._sends: list[tuple[Any, Tensor]] = []
-        self._groups: dict[tuple[Payload, bool], Any] = {}
-        if len(ranks) > 1:
-            payloads = PAYLOADS if pipeline.paired else PAYLOADS[:2]
-            # A communicator per payload and direction: none waits behind another's message.
-            for payload in payloads:
-                for downwards in (True, False):
-                    self._groups[payload, downwards] = dist.new_group(
-                        ranks, timeout=self._timeout, use_local_synchronization=True
-                    )
+        self._groups: dict[Channel, Any] = {}
+        # A communicator of two ranks for each channel. On a shared one NCCL carries messages one
+        # by one, and a send holds up everything behind it until the other side receives: a ring of
+        # ranks that all send first would never end. Every rank takes part in making every group.
+        for channel in channels_of(schedule):
+            for ranks in replicas:
+                pair = [ranks[channel[1]], ranks[channel[2]]]
+                group = dist.new_group(pair, timeout=timeout)
+                if me in pair:
+                    self._groups[channel] = group
+        self._connect()
 
-    def _channel(self, message: Instruction) -> tuple[Any, int]:
-        assert message.payload is not None, f"{message} is no message"
-        assert message.peer is not None, f"{message} has no peer"
-        mine, theirs = (self._pipeline.rank_of(s) for s in (message.stage, message.peer))
-        source, target = (mine, theirs) if message.kind == "send" else (theirs, mine)
-        return self._groups[message.payload, source < target], self._ranks[theirs]
+    def _connect(self) -> None:
+        # The first message of a pair blocks both hosts until both are there: now, in one order.
+        token = torch.zeros(1, device=self._where)
+        for (_, source, target), group in self._groups.items():
+            if dist.get_rank() == self._ranks[source]:
+                dist.send(token, self._ranks[target], group=group)
+            else:
+                dist.recv(token, self._ranks[source], group=group)
 
     def send(self, message: Instruction, tensors: tuple[Tensor, ...]) -> None:
         """Start sending; returns at once."""
-        group, peer = self._channel(message)
-        assert message.payload is not None, f"{message} is no message"
+        channel = payload, _, target = _channel(self._pipeline, message)
+        # A tensor is kept until it has left.
+        self._sends = [entry for entry in self._sends if not entry[0].is_completed()]
         for tensor in tensors:
             tensor = tensor.contiguous()
-            self.bytes_sent[message.payload] += tensor.numel() * tensor.element_size()
-            if self._through_host:
-                tensor = tensor.cpu()
-            # The tensor is kept until the send is done.
-            self._sends.append((dist.isend(tensor, peer, group=group), tensor))
+            self.bytes_sent[payload] += tensor.numel() * tensor.element_size()
+            tensor = tensor.to(self._where)
+            work = dist.isend(tensor, self._ranks[target], group=self._groups[channel])
+            self._sends.append((work, tensor))
 
     def receive(self, message: Instruction, specs: list[Spec]) -> tuple[Tensor, ...]:
         """Wait for a message's tensors; RuntimeError after the time-out or if the peer is gone."""
-        group, peer = self._channel(message)
-        where = torch.device("cpu") if self._through_host else self._device
-        tensors = [spec.empty(where) for spec in specs]
-        for work in [dist.irecv(tensor, peer, group=group) for tensor in tensors]:
+        channel = _, source, _ = _channel(self._pipeline, message)
+        tensors = [spec.empty(self._where) for spec in specs]
+        for work in [
+            dist.irecv(tensor, self._ranks[source], group=self._groups[channel])
+            for tensor in tensors
+        ]:
             assert work is not None, "this rank belongs to its own channels"
-            work.wait(self._timeout)
+            work.wait(**self._wait)
         return tuple(tensor.to(self._device) for tensor in tensors)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
         for work, _ in self._sends:
-            work.wait(self._timeout)
+            work.wait(**self._wait)
         self._sends = []
+
+    def close(self) -> None:
+        """Give the communicators back; another pipeline may be built in these processes."""
+        for group in self._groups.values():
+            dist.destroy_process_group(group)

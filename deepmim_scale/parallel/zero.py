@@ -69,6 +69,12 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
         # NCCL refuses to share a GPU, gloo goes through host memory.
         os.environ["LOCAL_RANK"] = str(device.index)
         backend = "nccl" if ranks <= gpus else "gloo"
+        if backend == "gloo" and os.environ["RANK"] == "0":
+            print(
+                f"warning: {ranks} processes share the {gpus} GPUs they see: messages go through "
+                "the host; let every process see all GPUs of its node",
+                flush=True,
+            )
     else:
         # Its shared-memory operation costs a build and serves inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -138,6 +144,9 @@ def build_engine(
             consecutive_hysteresis=False,
         )
         engine.optimizer.dynamic_loss_scale = True
+    scaler = engine.optimizer.loss_scaler
+    if isinstance(scaler, DynamicLossScaler):
+        scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, and says so
     return engine
 
 
@@ -169,7 +178,13 @@ def reduced_step(
 
     coalesced = reduction == "coalesced"
     with engine.coalesce_grad_reduction() if coalesced else contextlib.nullcontext():
-        yield backward
+        try:
+            yield backward
+        except BaseException:
+            # DeepSpeed reduces on its way out too, with peers that are elsewhere or gone, unless
+            # there is nothing to reduce.
+            engine.zero_grad()
+            raise
     assert calls == num_calls, f"{calls} backward calls in a step of {num_calls}"
 
 
@@ -216,9 +231,13 @@ def _trainable(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def master_weights(engine: Engine) -> dict[str, Tensor]:
-    """The fp32 weights of this stage that the optimizer updates; every replica must call it."""
-    return {name: safe_get_full_fp32_param(p).cpu() for name, p in _trainable(engine)}
+def master_weights(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
+    """The fp32 weights of this stage that the optimizer updates, on the CPU.
+
+    Every replica must call it; those that do not `keep` them only take part and get nothing.
+    """
+    found = ((name, safe_get_full_fp32_param(p)) for name, p in _trainable(engine))
+    return {name: value.cpu() for name, value in found if keep}
 
 
 def load_master_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
@@ -233,14 +252,15 @@ def _link_optimizer_state(engine: Engine) -> None:
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def optimizer_state(engine: Engine) -> dict[str, Tensor]:
-    """AdamW's moments of this stage in full, as `exp_avg/<name>`; every replica must call it."""
+def optimizer_state(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
+    """AdamW's moments of this stage in full, as `exp_avg/<name>`, in the manner of the weights."""
     _link_optimizer_state(engine)
-    return {
-        f"{moment}/{name}": safe_get_full_optimizer_state(parameter, moment).cpu()
+    found = (
+        (f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment))
         for name, parameter in _trainable(engine)
         for moment in MOMENTS
-    }
+    )
+    return {name: value.cpu() for name, value in found if keep}
 
 
 def load_optimizer_state(engine: Engine, state: dict[str, Tensor], step: int) -> None:
@@ -255,6 +275,8 @@ def load_optimizer_state(engine: Engine, state: dict[str, Tensor], step: int) ->
             "step": torch.tensor(float(step), device=device),
             **{moment: torch.zeros_like(flat) for moment in MOMENTS},
         }
+    for group in zero.optimizer.param_groups:
+        group["step"] = step  # where apex counts; torch's AdamW does not look at it
     _link_optimizer_state(engine)
     for name, parameter in _trainable(engine):
         for moment in MOMENTS:

@@ -12,7 +12,7 @@ import torch
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.plan.cost import model_cost
-from deepmim_scale.plan.hardware import GPUS, Gpu, mfu
+from deepmim_scale.plan.hardware import Gpu, gpu_named, mfu
 from deepmim_scale.train.run_folder import METRICS, read_metrics
 
 
@@ -25,10 +25,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def known_gpu(device: torch.device) -> Gpu | None:
     """The planner's entry for a CUDA device, by its name; None where it has none."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu for key, gpu in GPUS.items() if key.split("-")[0].upper() in name), None)
+    return gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def throughput(
@@ -36,7 +33,8 @@ def throughput(
 ) -> dict[str, float]:
     """Rates of one step: images/s, images/s/GPU, TFLOP/s and MFU per process (no MFU on a CPU).
 
-    FLOPs are those of the full model's forward and backward; recomputation does not count.
+    FLOPs are those of the full model's forward and backward; recomputation and a frozen teacher do
+    not count.
     """
     flops = model_cost(config).whole.training_flops
     rate = images / seconds
@@ -68,7 +66,9 @@ class MetricsWriter:
 
         path = Path(run) / METRICS
         kept = [row for row in read_metrics(run) if row["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        part.rename(path)
         self._lines = path.open("a")
         self._board = SummaryWriter(Path(run) / "tensorboard", purge_step=step + 1)
 

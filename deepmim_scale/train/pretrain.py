@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deepmim_scale.arguments import is_speaker, parse_run, run_command
-from deepmim_scale.config import RunConfig
+from deepmim_scale.config import ConfigError, RunConfig
 from deepmim_scale.train.prepare import Task, describe, prepare
 
 if TYPE_CHECKING:
@@ -35,23 +35,20 @@ def pretrain(config: RunConfig) -> None:
         if not trainer.finished:
             trainer.run()
             trainer.progress.say(f"done: {trainer.step} steps, results in {config.output}")
-    except BadImage as error:
-        if not is_speaker():  # only the rank that decoded it knows the file
+        torch.distributed.destroy_process_group()
+    except ConfigError as error:
+        if isinstance(error, BadImage) and not is_speaker():  # only the rank that decoded it knows
             print(f"error: {error}", file=sys.stderr)
         raise
-    except RuntimeError as error:
+    except Exception as error:
         failure.leave(error, trainer.executor if trainer else None)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _start(task: Task, device: torch.device) -> Trainer:
-    from deepmim_scale.parallel import failure
     from deepmim_scale.train.trainer import Trainer
 
     trainer = Trainer(task, device)
-    executor, say = trainer.executor, trainer.progress.say
-    executor.on_failure = lambda error: failure.leave(error, executor)
+    say = trainer.progress.say
     warmup_steps = task.config.warmup_epochs * task.samples.steps_per_epoch
     if trainer.finished:
         say(f"finished already: {trainer.step} steps, results in {task.config.output}")

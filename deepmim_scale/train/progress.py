@@ -27,11 +27,11 @@ class Progress:
             self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stdout)
 
     def step(self, row: dict[str, Any], total: int, every: int) -> None:
-        """Report one step: bar, and a line every `every` steps and at the end."""
+        """Report one step: bar, and a line every `every` steps, at the end and if skipped."""
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix_str(f"loss {row['loss']:.4f}")
-        if self._bar is None and (row["step"] % every == 0 or row["step"] == total):
+        if row["step"] % every == 0 or row["step"] == total or row["skipped"]:
             self.say(step_line(row, total))
 
     def close(self) -> None:
@@ -47,8 +47,9 @@ def step_line(row: dict[str, Any], total: int) -> str:
     idle = sum(row["idle_fraction"]) / len(row["idle_fraction"])
     waiting = f" | idle {idle:.0%}" if idle >= 0.01 else ""  # of a pipeline's ranks, measured
     held_out = f" | held out {row['validation_loss']:.4f}" if "validation_loss" in row else ""
+    skipped = " | skipped: gradients overflow" if row["skipped"] else ""
     return (
-        f"step {row['step']}/{total} | loss {row['loss']:.4f} ({losses}) | "
+        f"step {row['step']}/{total}{skipped} | loss {row['loss']:.4f} ({losses}) | "
         f"grad {row['grad_norm']:.3f} | lr {row['learning_rate']:.2e} | "
         f"{row['images_per_second']:.0f} images/s{utilisation}{waiting} | "
         f"{max(row['peak_memory_gib']):.2f} GiB | wait {row['loader_wait_ms']:.0f} ms{held_out}"

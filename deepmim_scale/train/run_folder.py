@@ -13,15 +13,18 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # Changing these does not change what is trained.
 _FREE = frozenset(
-    {"preset", "data", "output", "microbatch_size", "microbatches", "stages", "schedule",
-     "placement", "layout", "reschedule_after", "recompute", "reduction", "kernels", "compile",
-     "timeout", "loader", "decode", "loader_threads", "prefetch", "feed", "check_feed",
+    {"preset", "data", "output", "deepspeed_config", "microbatch_size", "microbatches", "stages",
+     "schedule", "placement", "layout", "reschedule_after", "recompute", "reduction", "kernels",
+     "compile", "timeout", "loader", "decode", "loader_threads", "prefetch", "feed", "check_feed",
      "validate_every", "save_every", "keep_checkpoints", "print_every", "resume", "profile"}
 )  # fmt: skip
+# But these cut the model, and where no gradient crosses a cut it matters where that is.
+_CUT = frozenset({"stages", "placement", "layout"})
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    values = {key: value for key, value in config.items() if key not in _FREE and key != "model"}
+    free = _FREE - _CUT if config["gradient_flow"] == "local" else _FREE
+    values = {key: value for key, value in config.items() if key not in free and key != "model"}
     return values | config["model"]
 
 
@@ -29,8 +32,8 @@ def check_output(config: RunConfig) -> bool:
     """Whether the run's folder holds this very run; ConfigError if it holds something else."""
     folder = Path(config.output)
     saved = folder / CONFIG
-    if not saved.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not saved.is_file() or not _has_begun(folder):
+        if folder.exists() and not saved.is_file() and (folder.is_file() or any(folder.iterdir())):
             raise ConfigError(f"output={folder}: holds other files; choose an empty folder")
         if config.resume == "required":
             raise ConfigError(f"resume=required: {folder} holds no run; check --output")
@@ -54,6 +57,12 @@ def check_output(config: RunConfig) -> bool:
     return True
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether a run got further than its first step; one that did not may be replaced."""
+    metrics = folder / METRICS
+    return (folder / "checkpoints").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
 def write_config(config: RunConfig) -> None:
     """Save the resolved configuration; `--config FILE` takes it back."""
     folder = Path(config.output)
@@ -70,6 +79,6 @@ def load_run_config(run: str | Path) -> RunConfig:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl in order."""
-    with (Path(run) / METRICS).open() as lines:
-        return [json.loads(line) for line in lines]
+    """Rows of metrics.jsonl in order; a last line that a killed run left unfinished is dropped."""
+    *lines, _ = (Path(run) / METRICS).read_text().split("\n")
+    return [json.loads(line) for line in lines]

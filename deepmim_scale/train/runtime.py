@@ -81,7 +81,7 @@ def build_runtime(
     engine = zero.build_engine(stages, optimizer, ds_config, grid)
     if checkpoint is not None:
         load_optimizer(checkpoint, engine)
-    channels = Channels(schedule.pipeline, grid.pp_group, device, config.timeout)
+    channels = Channels(schedule, grid.pipe_groups, device, config.timeout)
     executor = Executor(
         schedule,
         rank,

@@ -6,6 +6,7 @@ Legend: B micro-batch, M micro-batches per step, L patches.
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,20 +20,22 @@ from deepmim_scale.checkpoint.save import save_checkpoint
 from deepmim_scale.config import ConfigError, num_steps
 from deepmim_scale.data.feed import Batch, Feed, build_feed, iter_validation
 from deepmim_scale.data.loader import build_backend
+from deepmim_scale.ds_config import precision_of
 from deepmim_scale.models.stage import decoder_names, loss_members, loss_weight
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.executor import MicroBatch
 from deepmim_scale.plan.training import training_plan
-from deepmim_scale.targets.pixels import normalise
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, peak_learning_rate
 from deepmim_scale.train.prepare import Task
 from deepmim_scale.train.progress import Progress
-from deepmim_scale.train.run_folder import write_config
+from deepmim_scale.train.run_folder import CONFIG, write_config
 from deepmim_scale.train.runtime import build_runtime
 
-# A run whose every step overflows is lost; stop instead of spinning to the end.
-MAX_SKIPPED_IN_A_ROW = 50
+# A run whose every step overflows is lost; stop instead of spinning to the end. A float16 run first
+# halves its scale from 65536 down to 1.
+MAX_SKIPPED_IN_A_ROW = 20
+SECONDS_TO_SEE_A_FILE = 60.0
 
 
 class Trainer:
@@ -53,7 +56,8 @@ class Trainer:
             self.step, self.updates = state["step"], state["updates"]
         pipeline = task.pipeline.built.schedule.pipeline
         has_decoders = any(pipeline.decoders[stage] for stage in pipeline.stages_of(self.rank))
-        self.teacher = task.teacher.to(device) if task.teacher and has_decoders else None
+        if task.teacher and has_decoders:
+            self.executor.teacher = task.teacher.to(device)
 
     def _find_checkpoint(self) -> Path | None:
         # Digests are read once, by rank 0, and its finding holds for all.
@@ -62,15 +66,29 @@ class Trainer:
             found = list(files.newest(self.config.output))
         dist.broadcast_object_list(found, src=0)
         folder, problems = found
+        output = self.config.output
+        if folder is None:
+            if problems:
+                raise ConfigError(
+                    f"output={output}: no checkpoint is intact ({problems[0]}); delete "
+                    f"{output} to start afresh"
+                )
+            if self.config.resume == "required":
+                raise ConfigError(f"resume=required: {output} holds no checkpoint; check --output")
+            return None
         for problem in problems:
             self.progress.say(f"warning: {problem}; using an older checkpoint")
-        if folder is None:
-            return None
-        saved = files.read_state(folder)["manifest_sha"]
-        if saved != self.task.train.sha:
+        state = files.read_state(folder)
+        if state["manifest_sha"] != self.task.train.sha:
             raise ConfigError(
                 f"data={self.config.data}: is not the data this run began with; "
                 "give the same images or another --output"
+            )
+        precision = precision_of(self.task.ds_config)
+        if state["precision"] != precision:
+            raise ConfigError(
+                f"deepspeed_config={self.config.deepspeed_config}: precision {precision}, but "
+                f"this run began with {state['precision']}; give the same or another --output"
             )
         return folder
 
@@ -86,6 +104,7 @@ class Trainer:
         if dist.get_rank() == 0:
             write_config(config)
             writer = MetricsWriter(config.output, self.step)
+        self._check_shared()
         feed = self._feed()
         skipped = 0
         progress.start(self.total_steps, self.step)
@@ -95,7 +114,10 @@ class Trainer:
                     row, applied = self._train_step(batches, feed.wait_seconds)
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
-                        raise RuntimeError(f"{skipped} steps in a row overflowed; see metrics")
+                        raise ConfigError(
+                            f"blr={config.blr}: {skipped} steps in a row had no finite gradient; "
+                            "go on from an earlier checkpoint with a lower one or --clip-grad"
+                        )
                     if self.step == config.reschedule_after:
                         self.reschedule()
                     if self._validates_after(self.step):
@@ -112,6 +134,22 @@ class Trainer:
             if writer is not None:
                 writer.close()
 
+    def _check_shared(self) -> None:
+        """ConfigError, before the first save would fail, if a node does not see the folder."""
+        dist.barrier()
+        config_file = Path(self.config.output) / CONFIG
+        deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE  # NFS remembers what it did not find
+        while not config_file.is_file() and time.monotonic() < deadline:
+            time.sleep(1.0)
+        hosts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, "" if config_file.is_file() else socket.gethostname())
+        blind = sorted({host for host in hosts if host})
+        if blind:
+            raise ConfigError(
+                f"output={self.config.output}: not seen from {', '.join(blind)}; "
+                "give a folder that all nodes share"
+            )
+
     def _feed(self) -> Feed:
         config, batch = self.config, self.task.batch
         backend, reason = build_backend(
@@ -125,7 +163,10 @@ class Trainer:
         )
         self.progress.say(reason)
         # The feed's collectives run on its own thread: they need a communicator of their own.
-        group: Any = dist.new_group(self.grid.pp_group, use_local_synchronization=True)
+        # Every rank takes part in making every group, as NCCL demands.
+        groups: list[Any] = [
+            dist.new_group(ranks) for ranks in self.grid.pipe_groups if config.stages > 1
+        ]
         return build_feed(
             config,
             self.task.train,
@@ -135,7 +176,7 @@ class Trainer:
             num_microbatches=batch.microbatches,
             start_step=self.step,
             num_steps=self.total_steps - self.step,
-            group=group if config.stages > 1 else None,
+            group=groups[self.replica] if groups else None,
             mode=config.feed,
             check_feed=config.check_feed,
             on_bad=config.on_bad,
@@ -191,11 +232,7 @@ class Trainer:
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         images = batch.images.to(self.device, non_blocking=True)
-        noise = batch.noise.to(self.device, non_blocking=True)
-        if self.teacher is None:
-            return MicroBatch(images, noise)
-        with zero.autocast(self.executor.precision, self.device):
-            return MicroBatch(images, noise, self.teacher(normalise(images), noise))
+        return MicroBatch(images, batch.noise.to(self.device, non_blocking=True))
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -262,6 +299,7 @@ class Trainer:
             "total_steps": self.total_steps,
             "global_batch": self.task.batch.global_batch,
             "manifest_sha": self.task.train.sha,
+            "precision": precision_of(self.task.ds_config),
             "num_stages": self.config.stages,
         }
         config = self.config

@@ -184,6 +184,7 @@ def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, pipeline.local_gradients)
         parameters |= {name: tensor for part in parts for name, tensor in part.items()}
+    pipeline.channels.close()
     return result, parameters
 
 

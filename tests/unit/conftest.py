@@ -49,8 +49,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         }
         final = files.step_folder(run, 7)
         files.start(final)
-        files.write_tensors(files.part_folder(final) / "weights_stage00.safetensors", weights)
-        files.finish(final, {"step": 7})
+        file = files.part_folder(final) / "weights_stage00.safetensors"
+        files.finish(final, {"step": 7}, {file.name: files.write_tensors(file, weights)})
         return run
 
     return make

@@ -16,12 +16,12 @@ from deepmim_scale.config import ConfigError
 def write(run: Path, step: int, stages: int = 2) -> Path:
     final = files.step_folder(run, step)
     files.start(final)
+    digests = {}
     for stage in range(stages):
         tensors = {f"blocks.{stage}.weight": torch.full((3, 2), float(step + stage))}
-        files.write_tensors(
-            files.part_folder(final) / f"weights_stage{stage:02d}.safetensors", tensors
-        )
-    files.finish(final, {"step": step})
+        file = files.part_folder(final) / f"weights_stage{stage:02d}.safetensors"
+        digests[file.name] = files.write_tensors(file, tensors)
+    files.finish(final, {"step": step}, digests)
     return final
 
 
