@@ -176,7 +176,8 @@ def test_rows(tmp_path: Path) -> None:
     assert fast["equal_loss"] is False
     assert fast["loss_difference"] == pytest.approx(0.1 / 3.9)
     assert fast["mfu"] is None, "a CPU has no peak"
-    assert 0 < slow["predicted_ratio"] < 1
+    rates = [row["predicted_images_per_second"] for row in (slow, base)]
+    assert slow["predicted_ratio"] == rates[0] / rates[1]
     assert rows["dib3"]["status"] == "not legal"
     assert report.notes(list(rows.values())) == [
         "losses differ from the baseline's, at most (d4_p2_dib by 2.6e-02)",
