@@ -20,6 +20,7 @@ from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans
 from deepmim_scale.plan.planner import to_json as plans_to_json
 from deepmim_scale.plan.schedule import Name, Placement, to_json
 from deepmim_scale.plan.training import choose_layout
+from deepmim_scale.plan.validate import ScheduleError, validate
 from deepmim_scale.presets import load_preset
 
 JsonPath = Annotated[str, tyro.conf.arg(name="json")]
@@ -127,6 +128,7 @@ def _verdict(plans: list[Plan]) -> str:
     )
     if best.stages > 1:
         text += f" --schedule {best.schedule} --placement {best.placement}"
+        text += f" --layout '{best.layout}'"
     if others:
         text += f"; {others[0].step_seconds / best.step_seconds:.2f} times as fast as {other}"
     return text
@@ -150,17 +152,26 @@ def schedule(args: ScheduleArguments) -> None:
     images = args.microbatch_size or config.microbatch_size
     bandwidth = known("network", args.network, NETWORKS) * 1e9 if args.network else float("inf")
 
+    memory = memory_of(model, layout, images)
+
     def simulated(name: Name) -> Built:
         times = times_of(
             model, layout, images, gpu.peak_tflops * 1e12 * gpu.utilisation,
             lambda source, target: 1 / bandwidth, split=name in ("dib_w", "zb_h1"),
         )  # fmt: skip
-        return build(name, pipeline, args.microbatches, times, memory_of(model, layout, images))
+        return build(name, pipeline, args.microbatches, times, memory)
 
     built = simulated(args.schedule)
     speedup = simulated("1f1b").timeline.makespan / built.timeline.makespan
     text = format_layout(layout, model)
     timeline = built.timeline
+    try:
+        validate(built.schedule, memory, int(gpu.memory_gib * 2**30))
+    except ScheduleError as error:
+        print(
+            f"warning: gpu={args.gpu}: {error}; use a smaller microbatch_size, or more stages",
+            file=sys.stderr,
+        )
     if args.microbatches < args.stages:
         print(
             f"warning: microbatches={args.microbatches} is less than stages={args.stages}: ranks "

@@ -8,6 +8,9 @@ FlopCounterMode counts them with unfused attention; norms, GELU and additions ar
 gradient with respect to inputs and the one with respect to weights are kept apart, because a
 schedule may run them at different times; attention's two products have no weights, so their whole
 backward belongs to the inputs.
+
+Bytes are those of autocast (fp32 weights, gradients and residual stream, 16-bit products), the
+default on GPUs, except where a precision is given.
 """
 
 from __future__ import annotations
@@ -21,12 +24,8 @@ from typing import Literal
 from deepmim_scale.config import ModelConfig
 
 Precision = Literal["autocast", "pure16", "fp32"]
-"""autocast: fp32 weights and gradients, 16-bit activations; pure16: 16-bit weights too."""
+"""autocast: fp32 weights and residual stream, 16-bit products; pure16: 16-bit weights too."""
 Reduction = Literal["coalesced", "per_microbatch"]
-
-SAVED_PER_BLOCK = 16
-"""Saved values per token and channel of a pre-norm block with mlp_ratio 4 and fused attention:
-both norms' inputs and outputs 4, qkv 3, attention output 1, MLP hidden before and after GELU 8."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Cost:
     """Per image, backward with respect to weights."""
     saved_values: int = 0
     """Activation values per image kept from forward to backward."""
+    saved_residuals: int = 0
+    """Of these, inputs (and a few results) of norms, which autocast leaves in fp32."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*map(operator.add, vars(self).values(), vars(other).values()))
@@ -67,9 +68,10 @@ class Cost:
         """Per image, forward and backward."""
         return self.forward_flops + self.backward_flops
 
-    def activation_bytes(self, precision: Precision = "autocast") -> int:
-        """Bytes per image kept from forward to backward."""
-        return self.saved_values * activation_width(precision)
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes per image kept from forward to backward under autocast."""
+        return 2 * self.saved_values + 2 * self.saved_residuals
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -77,8 +79,8 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, start=Cost())
 
 
-def activation_width(precision: Precision) -> int:
-    """Bytes of one activation value."""
+def product_width(precision: Precision) -> int:
+    """Bytes of a value that a matrix product makes."""
     return 4 if precision == "fp32" else 2
 
 
@@ -120,6 +122,10 @@ def block_cost(
     ]
     # Norm 1 and keys and values for all tokens; the rest for the queries.
     saved = 4 * width * tokens + (4 * width + 2 * hidden) * queries
+    residuals = width * (tokens + queries)
+    if queries < tokens:  # choosing some keeps norm 1's fp32 result too, and a copy of them
+        saved += width * (tokens + queries)
+        residuals += width * tokens
     if context:
         parts += [
             _linear(queries, width, width),
@@ -130,7 +136,8 @@ def block_cost(
             _norm(width),
         ]
         saved += 4 * width * queries + 3 * width * context
-    return total([*parts, Cost(saved_values=saved)])
+        residuals += width * queries
+    return total([*parts, Cost(saved_values=saved, saved_residuals=residuals)])
 
 
 def encoder_block_cost(config: ModelConfig) -> Cost:
@@ -183,7 +190,7 @@ def _decoder_body_cost(config: ModelConfig, index: int) -> Cost:
         last,
         _norm(d),
         _linear(queries, d, config.out_dim),
-        Cost(trainable=d, saved_values=saved),
+        Cost(trainable=d, saved_values=saved, saved_residuals=d * queries),
     ]
     weight_g = Cost(frozen=d if config.method == "mirl" else 0)
     return total(parts) + weight_g
@@ -198,6 +205,22 @@ def decoder_cost(config: ModelConfig, index: int) -> Cost:
     return tap_cost(config) + _decoder_body_cost(config, index)
 
 
+def teacher_cost(config: ModelConfig) -> Cost:
+    """Loss cosine: forward of CLIP's frozen ViT-B/16 (12 blocks, width 768) on whole images."""
+    if config.loss != "cosine":
+        return Cost()
+    width, tokens, channels = 768, config.num_patches + 1, config.in_chans * config.patch_size**2
+    parts = [
+        _linear(config.num_patches, channels, width, bias=False),
+        block_cost(width, 4.0, tokens) * 12,
+        _linear(tokens, width, config.teacher_dim, bias=False),
+        _norm(width) * 2,
+        Cost(trainable=width + width * tokens),  # CLS and position table
+    ]
+    whole = total(parts)
+    return Cost(frozen=whole.parameters, forward_flops=whole.forward_flops)
+
+
 def position_table_cost(config: ModelConfig) -> Cost:
     """One decoder position table, frozen."""
     return Cost(frozen=(config.num_patches + 1) * config.decoder_embed_dim)
@@ -205,15 +228,21 @@ def position_table_cost(config: ModelConfig) -> Cost:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Encoder slice and decoders of one stage."""
+    """Encoder slice and decoders of one stage, and the frozen teacher that runs beside them."""
 
     encoder: Cost
     decoders: Cost
+    teacher: Cost
 
     @cached_property
     def whole(self) -> Cost:
-        """Both."""
+        """What is trained: encoder and decoders."""
         return self.encoder + self.decoders
+
+    @cached_property
+    def executed(self) -> Cost:
+        """All that the stage holds and runs: the teacher too."""
+        return self.whole + self.teacher
 
 
 @cache
@@ -221,13 +250,14 @@ def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
     """Blocks `first`..`last` - 1 (from 0) and the decoders whose taps are among them.
 
     The first stage has the patch embedding, the last one the encoder's final norm (MIRL: one of the
-    norms of its taps). Each stage with decoders has its own position table.
+    norms of its taps). Each stage with decoders has its own position table, and the teacher once.
     """
     encoder = encoder_block_cost(config) * (last - first)
     if first == 0:
         encoder += embedding_cost(config)
     if last == config.depth and config.method != "mirl":
-        encoder += _norm(config.embed_dim)
+        hidden = (config.num_visible + 1) * config.embed_dim
+        encoder += _norm(config.embed_dim) + Cost(saved_values=hidden, saved_residuals=hidden)
     indices = [index for index, tap in enumerate(config.taps) if first < tap <= last]
     if config.method == "mirl":
         encoder += tap_cost(config) * len(indices)
@@ -235,7 +265,7 @@ def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
     else:
         decoders = [decoder_cost(config, k) for k in indices]
         decoders += [position_table_cost(config)] if indices else []
-    return StageCost(encoder, total(decoders))
+    return StageCost(encoder, total(decoders), teacher_cost(config) if indices else Cost())
 
 
 def model_cost(config: ModelConfig) -> StageCost:
@@ -258,7 +288,7 @@ def boundary_bytes(config: ModelConfig, block: int, precision: Precision = "auto
     """
     carries = segment_of(config, block) + 1 if config.method == "mirl" else 0
     hidden = config.embed_dim * (2 if precision == "pure16" else 4)
-    carried = carries * config.decoder_embed_dim * activation_width(precision)
+    carried = carries * config.decoder_embed_dim * product_width(precision)
     return (config.num_visible + 1) * (hidden + carried)
 
 
@@ -267,20 +297,24 @@ def prediction_values(config: ModelConfig) -> int:
     return (config.num_patches - config.num_visible) * config.out_dim
 
 
-def zero2_state_bytes(
-    cost: Cost,
-    replicas: int,
-    precision: Precision = "autocast",
-    reduction: Reduction = "coalesced",
-) -> int:
-    """Bytes per process of weights, gradients and optimizer under ZeRO-2.
+def zero2_state_bytes(cost: StageCost, replicas: int, reduction: Reduction = "coalesced") -> int:
+    """Bytes per process of weights, gradients and optimizer of a stage under ZeRO-2 and autocast.
 
-    Optimizer: 12 bytes per parameter (fp32 master weights and two AdamW moments), a 1/replicas part
-    on each process. Gradients are sharded too with `per_microbatch`, whole until the flush with
-    `coalesced`. With pure 16-bit weights and `per_microbatch` this is 2P + 14P/N of the ZeRO paper.
-    Communication buckets are not counted.
+    fp32 weights (the teacher's too) and the 16-bit copy of the trained ones that autocast keeps
+    during a step; optimizer 12 bytes per parameter (fp32 master weights and two AdamW moments), a
+    1/replicas part on each process. Gradients are sharded too with `per_microbatch`, whole until
+    the flush with `coalesced`. Communication buckets are not counted.
     """
-    width = 2 if precision == "pure16" else 4
-    shards = replicas if reduction == "per_microbatch" else 1
-    gradients = width * -(-cost.trainable // shards)
-    return width * cost.parameters + gradients + 12 * -(-cost.trainable // replicas)
+    trainable = cost.whole.trainable
+    gradients = -(-trainable // (replicas if reduction == "per_microbatch" else 1))
+    weights = 4 * cost.executed.parameters + 2 * trainable
+    return weights + 4 * gradients + 12 * -(-trainable // replicas)
+
+
+def zero2_traffic_bytes(cost: StageCost, replicas: int, reductions: int = 1) -> int:
+    """Bytes that a process sends (and receives) in a step of ZeRO-2 under autocast.
+
+    So many ring all-reduces of 16-bit gradients; after the step one all-gather of fp32 weights.
+    """
+    share = (replicas - 1) / replicas * cost.whole.trainable
+    return round(reductions * 2 * share * 2 + share * 4)

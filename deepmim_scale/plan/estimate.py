@@ -10,10 +10,10 @@ from deepmim_scale.config import ModelConfig
 from deepmim_scale.plan.cost import (
     Precision,
     StageCost,
-    activation_width,
     boundary_bytes,
     decoder_cost,
     prediction_values,
+    product_width,
     stage_cost,
 )
 from deepmim_scale.plan.partition import Layout, partition
@@ -64,7 +64,7 @@ def messages_of(
     model: ModelConfig, layout: Layout, microbatch: int, precision: Precision = "autocast"
 ) -> list[Message]:
     """All messages of a micro-batch of so many images, those within a rank included."""
-    width = microbatch * activation_width(precision)
+    width = microbatch * product_width(precision)
     found = []
     for lower, stage in enumerate(layout[1:], start=1):
         size = microbatch * boundary_bytes(model, stage.first, precision)
@@ -87,22 +87,23 @@ def times_of(
     seconds_per_byte: Callable[[int, int], float] = lambda source, target: 0.0,
     *,
     split: bool = False,
-    precision: Precision = "autocast",
 ) -> Times:
-    """Durations in proportion to FLOPs, and transfers to bytes between two stages.
+    """Durations in proportion to FLOPs, and transfers to bytes (autocast) between two stages.
 
-    With `split` the backward kinds stand for gradients with respect to inputs only.
+    With `split` the backward kinds stand for gradients with respect to inputs only. The teacher
+    runs where a stage's first loss is evaluated, once for all its decoders.
     """
     compute: dict[tuple[Kind, int], float] = {}
     for index, stage in enumerate(layout):
         cost = stage_cost(model, stage.first, stage.last)
         encoder, decoders = cost.encoder, cost.decoders
+        decoder_backward = decoders.input_gradient_flops if split else decoders.backward_flops
         flops: dict[Kind, int] = {
             "forward": encoder.forward_flops,
             "encoder_backward": encoder.input_gradient_flops if split else encoder.backward_flops,
             "encoder_weight_gradient": encoder.weight_gradient_flops,
             "decoder_forward": decoders.forward_flops,
-            "decoder_backward": decoders.input_gradient_flops if split else decoders.backward_flops,
+            "decoder_backward": cost.teacher.forward_flops + decoder_backward,
             "decoder_weight_gradient": decoders.weight_gradient_flops,
         }
         flops["decoder"] = flops["decoder_forward"] + flops["decoder_backward"]
@@ -110,7 +111,7 @@ def times_of(
     transfer = {
         (message.payload, message.source): message.num_bytes
         * seconds_per_byte(message.source, message.target)
-        for message in messages_of(model, layout, microbatch, precision)
+        for message in messages_of(model, layout, microbatch)
     }
     return Times(compute, transfer)
 
@@ -138,22 +139,21 @@ def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Times)
     return Times(compute, predicted.transfer)
 
 
-def memory_of(
-    model: ModelConfig, layout: Layout, microbatch: int, precision: Precision = "autocast"
-) -> list[Memory]:
-    """Activation bytes of one micro-batch on each stage.
+def memory_of(model: ModelConfig, layout: Layout, microbatch: int) -> list[Memory]:
+    """Activation bytes of one micro-batch on each stage under autocast.
 
-    The gradient of each tap waits for the encoder's backward and is counted with the encoder.
+    The gradient of each tap, in fp32 as the hidden state, waits for the encoder's backward and is
+    counted with the encoder.
     """
-    hidden = (model.num_visible + 1) * model.embed_dim
+    tap_gradient = 4 * (model.num_visible + 1) * model.embed_dim
     found = []
     for stage in layout:
         cost = stage_cost(model, stage.first, stage.last)
-        each = [decoder_cost(model, k).saved_values for k in stage.decoders]
-        values = (
-            cost.encoder.saved_values + hidden * len(each),
-            cost.decoders.saved_values,
+        each = [decoder_cost(model, k).activation_bytes for k in stage.decoders]
+        sizes = (
+            cost.encoder.activation_bytes + tap_gradient * len(each),
+            cost.decoders.activation_bytes,
             max(each, default=0),
         )
-        found.append(Memory(*(microbatch * activation_width(precision) * n for n in values)))
+        found.append(Memory(*(microbatch * size for size in sizes)))
     return found

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from deepmim_scale.plan.greedy import Policy, list_order
@@ -50,8 +51,12 @@ ONE_MODULE: tuple[tuple[Kind, ...], ...] = (
     (*INPUT_KINDS[::-1], *FORWARD_KINDS[::-1]),
     (*FORWARD_KINDS, *INPUT_KINDS[::-1]),
 )
+SEARCHED_MICROBATCHES = 4
+"""Per rank: the policy that is best for so many micro-batches is taken for any larger number."""
 TOLERANCE = 1.002
 """Among schedules within this factor of the fastest the one with the least memory is taken."""
+
+Candidate = tuple[Style, Policy]
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def build(
     1f1b's; where nothing is, for the least memory. `times` must be those of the same kinds: with
     weight gradients apart for `dib_w` and `zb_h1`.
     """
+    order = partial(_listed, name, pipeline, times, memory)
     if name in ("dib", "dib_w"):
         if memory_limit is None:
             baseline = build("1f1b", pipeline, num_microbatches, times, memory)
@@ -95,14 +101,23 @@ def build(
         fill = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward, "zb_h1": _zb_h1}[name]
         orders = [list(fill(pipeline, r, num_microbatches)) for r in range(pipeline.num_ranks)]
         return _complete(name, pipeline, num_microbatches, orders, style, times, memory)
-    found = [
-        _complete(
-            name, pipeline, num_microbatches,
-            list_order(pipeline, num_microbatches, times, policy, style), style, times, memory,
-        )
-        for style, policy in candidates
-    ]  # fmt: skip
-    return _fastest(found, memory_limit)
+    searched = min(num_microbatches, SEARCHED_MICROBATCHES * pipeline.num_ranks)
+    found = [(order(searched, *candidate), candidate) for candidate in candidates]
+    best, candidate = _fastest(found, memory_limit)
+    return best if searched == num_microbatches else order(num_microbatches, *candidate)
+
+
+def _listed(
+    name: Name,
+    pipeline: Pipeline,
+    times: Times,
+    memory: Sequence[Memory],
+    num_microbatches: int,
+    style: Style,
+    policy: Policy,
+) -> Built:
+    orders = list_order(pipeline, num_microbatches, times, policy, style)
+    return _complete(name, pipeline, num_microbatches, orders, style, times, memory)
 
 
 def _complete(
@@ -118,18 +133,18 @@ def _complete(
     return Built(schedule, simulate(schedule, times), peak_activation_bytes(schedule, memory))
 
 
-def _fastest(found: list[Built], memory_limit: int | None) -> Built:
-    least = min(max(built.peaks) for built in found)
+def _fastest(
+    found: list[tuple[Built, Candidate]], memory_limit: int | None
+) -> tuple[Built, Candidate]:
+    least = min(max(built.peaks) for built, _ in found)
     limit = math.inf if memory_limit is None else max(memory_limit, least)
-    allowed = [built for built in found if max(built.peaks) <= limit]
-    fastest = min(built.timeline.makespan for built in allowed)
-    near = [built for built in allowed if built.timeline.makespan <= fastest * TOLERANCE]
-    return min(near, key=lambda built: (max(built.peaks), built.timeline.makespan))
+    allowed = [entry for entry in found if max(entry[0].peaks) <= limit]
+    fastest = min(built.timeline.makespan for built, _ in allowed)
+    near = [entry for entry in allowed if entry[0].timeline.makespan <= fastest * TOLERANCE]
+    return min(near, key=lambda entry: (max(entry[0].peaks), entry[0].timeline.makespan))
 
 
-def _bubble_candidates(
-    pipeline: Pipeline, split: bool, quick: bool
-) -> Iterator[tuple[Style, Policy]]:
+def _bubble_candidates(pipeline: Pipeline, split: bool, quick: bool) -> Iterator[Candidate]:
     stages = pipeline.num_stages
     fused = (False,) if pipeline.paired else (True, False)
     in_flights = dict.fromkeys(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from deepmim_scale.plan.schedule import (
     Instruction,
     Kind,
-    Payload,
     Pipeline,
     Style,
     Times,
@@ -55,15 +54,18 @@ def list_order(
         ]
         for rank in range(pipeline.num_ranks)
     ]
-    # The same for every micro-batch: what a kind relies on, with the time that its message takes.
-    sources: dict[Work, list[tuple[Work, float]]] = {
-        (kind, stage): [
-            ((source.kind, source.stage), _transfer(pipeline, times, source, payload, stage))
-            for source, payload in needs(pipeline, Instruction(kind, stage, 0), style)
-        ]
-        for queue in queues
-        for kind, stage in queue
-    }
+    # The same for every micro-batch: what a kind relies on, and seconds with its receives.
+    sources: dict[Work, list[Work]] = {}
+    durations: dict[Work, float] = {}
+    for kind, stage in (work for queue in queues for work in queue):
+        step = Instruction(kind, stage, 0)
+        needed = list(needs(pipeline, step, style))
+        sources[kind, stage] = [(source.kind, source.stage) for source, _ in needed]
+        durations[kind, stage] = times.of(step) + sum(
+            times.transfer.get((payload, source.stage), 0.0)
+            for source, payload in needed
+            if payload and pipeline.rank_of(source.stage) != pipeline.rank_of(stage)
+        )
     limits = _limits(policy, style, list(sources))
     ends: dict[Work, list[float]] = {work: [] for work in sources}
     free = [0.0] * pipeline.num_ranks
@@ -82,10 +84,10 @@ def list_order(
                 if microbatch - len(ends[release]) >= limit:
                     continue
             ready = 0.0
-            for source, seconds in sources[work]:
+            for source in sources[work]:
                 if len(ends[source]) <= microbatch:
                     break
-                ready = max(ready, ends[source][microbatch] + seconds)
+                ready = max(ready, ends[source][microbatch])
             else:
                 found.append((ready, (urgency[work[0]], microbatch, -work[1]), work))
         return found
@@ -106,25 +108,16 @@ def list_order(
             if not ready:
                 continue
             _, key, work = min(ready, key=lambda entry: entry[1])
-            step = Instruction(*work, microbatch=len(ends[work]))
-            horizon = now + policy.patience * times.of(step)
+            horizon = now + policy.patience * durations[work]
             if any(now < entry[0] < horizon and entry[1][0] < key[0] for entry in found):
                 continue
-            free[rank] = now + times.of(step)
+            free[rank] = now + durations[work]
+            orders[rank].append(Instruction(*work, microbatch=len(ends[work])))
             ends[work].append(free[rank])
-            orders[rank].append(step)
             remaining -= 1
             heapq.heappush(moments, free[rank])
         assert moments or not remaining, f"no instruction is ready under {policy}"
     return orders
-
-
-def _transfer(
-    pipeline: Pipeline, times: Times, source: Instruction, payload: Payload | None, stage: int
-) -> float:
-    if payload is None or pipeline.rank_of(source.stage) == pipeline.rank_of(stage):
-        return 0.0
-    return times.transfer.get((payload, source.stage), 0.0)
 
 
 def _limits(policy: Policy, style: Style, works: list[Work]) -> dict[Work, tuple[Work, int]]:

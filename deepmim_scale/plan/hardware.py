@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +34,15 @@ GPUS: dict[str, Gpu] = {
     "h200-141g": Gpu(989.4, 141, 0.40, 450),
 }
 
+# Drivers' names, whole, of what has the peak of an entry above; other boards differ (PCIe cards of
+# V100 and H100, NVL), and so do slices of a GPU (MIG).
+DEVICE_NAMES = {
+    r"Tesla V100-SXM\d-\d+GB": "v100-32g",
+    r"(NVIDIA )?A100(-\w+-\d+GB| 80GB PCIe)": "a100-80g",
+    r"NVIDIA H100 80GB HBM3": "h100-80g",
+    r"NVIDIA H200": "h200-141g",
+}
+
 NETWORKS: dict[str, float] = {
     "10gbe": 1.25,
     "25gbe": 3.125,
@@ -51,6 +61,15 @@ def known(key: str, name: str, table: Mapping[str, Value]) -> Value:
     if name not in table:
         raise ConfigError(f"{key}={name}: unknown; use one of {', '.join(table)}")
     return table[name]
+
+
+def gpu_named(device_name: str) -> Gpu | None:
+    """The entry with the peak of a device of this driver's name, None where there is none.
+
+    Memory may differ: both sizes of V100 and A100 have one rate.
+    """
+    found = (key for name, key in DEVICE_NAMES.items() if re.fullmatch(name, device_name))
+    return next((GPUS[key] for key in found), None)
 
 
 def mfu(training_flops_per_image: float, images_per_second_per_gpu: float, gpu: Gpu) -> float:

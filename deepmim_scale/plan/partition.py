@@ -68,7 +68,7 @@ def partition(
     stage_bytes: Callable[[int, StageCost], float] = lambda stage, cost: 0.0,
     memory_limit: float = math.inf,
 ) -> Layout:
-    """The layout whose slowest stage needs the fewest training FLOPs under a memory cap.
+    """The layout whose slowest stage runs the fewest FLOPs (the teacher's too) under a memory cap.
 
     `stage_bytes(stage, cost)` is what a stage of that number needs. MIRL is cut into equal runs of
     segments. Raises ConfigError when no layout fits.
@@ -80,7 +80,7 @@ def partition(
     cuts = minimax_cuts(
         config.depth,
         num_stages,
-        lambda first, last: stage_cost(config, first, last).whole.training_flops,
+        lambda first, last: stage_cost(config, first, last).executed.training_flops,
         lambda stage, first, last: (
             stage_bytes(stage, stage_cost(config, first, last)) <= memory_limit
         ),

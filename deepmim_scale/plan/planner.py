@@ -3,28 +3,36 @@
 Legend: P stages, D replicas, B images of a micro-batch, M micro-batches, G = B * M * D.
 
 Assumptions, to be replaced by measurements: a GPU reaches `Gpu.utilisation` of its peak, less with
-small micro-batches (factor B / (B + 2)); every instruction takes its FLOPs at that rate; gradients
-are summed by a ring all-reduce in 16 bits, of which as much hides as 60 % of the backward of one
-micro-batch lasts; ranks are stage-major, so replicas fill a node first and stages lie across nodes;
-loading images and the optimizer take no time.
+small micro-batches (factor B / (B + 2)); every instruction takes its FLOPs at that rate; precision
+is autocast; gradients are summed by a ring all-reduce in 16 bits and updated weights gathered in
+fp32, neither of which overlaps computation, nor do transfers between stages; ranks are stage-major,
+so replicas fill a node first and stages lie across nodes; loading images and the optimizer take no
+time.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepmim_scale.config import ConfigError, ModelConfig
-from deepmim_scale.plan.cost import Reduction, StageCost, model_cost, stage_cost, zero2_state_bytes
+from deepmim_scale.plan.cost import (
+    Reduction,
+    StageCost,
+    model_cost,
+    stage_cost,
+    zero2_state_bytes,
+    zero2_traffic_bytes,
+)
 from deepmim_scale.plan.estimate import layout_of, memory_of, messages_of, pipeline_of, times_of
 from deepmim_scale.plan.generate import build
 from deepmim_scale.plan.hardware import Gpu, mfu
 from deepmim_scale.plan.legal import check_combination
 from deepmim_scale.plan.partition import Layout, format_layout
-from deepmim_scale.plan.schedule import Name, Pipeline, Placement, Times
+from deepmim_scale.plan.schedule import Name, Pipeline, Placement
 
-HIDDEN_SHARE = 0.6
 MEMORY_SHARE = 0.9
 """Of a GPU's memory; the rest is for communication buckets, work space and fragmentation."""
 MAX_STAGES = 8
@@ -65,14 +73,14 @@ class Plan:
     mfu: float
     idle_fraction: float
     reduction_seconds: float
-    """Not hidden behind compute."""
+    """Of the slowest rank's gradient reduction and gathering of updated weights; nothing hides."""
     memory_bytes: int
-    """Largest of all ranks: weights, gradients, optimizer, activations."""
+    """Largest of all ranks: weights (a teacher's too), gradients, optimizer, activations."""
     activation_bytes: int
     boundary_bytes: int
     """Sent by the busiest rank in one step, all directions."""
     reduction_bytes: int
-    """Gradients that the busiest rank sends in one step."""
+    """Gradients, and updated weights after the step, that the busiest rank sends in one step."""
     fits: bool
 
 
@@ -111,11 +119,15 @@ def _plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[
                 except ConfigError:
                     continue
                 for microbatch in MICROBATCHES:
-                    if global_batch % (microbatch * replicas) == 0:
-                        yield predict(
-                            model, cluster, stages, name, microbatch,
-                            global_batch // (microbatch * replicas), placement,
-                        )  # fmt: skip
+                    if global_batch % (microbatch * replicas):
+                        continue
+                    microbatches = global_batch // (microbatch * replicas)
+                    # One backward reduces as often either way; shards need less memory.
+                    once = microbatches == 1 and name != "dib_w"
+                    yield predict(
+                        model, cluster, stages, name, microbatch, microbatches, placement,
+                        "per_microbatch" if once else "coalesced",
+                    )  # fmt: skip
 
 
 def predict(
@@ -126,42 +138,80 @@ def predict(
     microbatch: int,
     microbatches: int,
     placement: Placement = "linear",
+    reduction: Reduction = "coalesced",
 ) -> Plan:
-    """Time, memory and bytes of one plan.
+    """Time, memory and bytes of one plan, cut for speed or, where that does not fit, for memory.
 
     Beyond 2P micro-batches (8 at least) the schedule is continued at the pace of its slowest rank.
     """
     replicas = cluster.num_gpus // stages
-    reduction: Reduction = (
-        "per_microbatch" if microbatches == 1 and schedule != "dib_w" else "coalesced"
-    )
-    limit = MEMORY_SHARE * cluster.gpu.memory_gib * 2**30
 
-    def state_bytes(cost: StageCost) -> int:
-        return zero2_state_bytes(cost.whole, replicas, reduction=reduction)
+    def predicted(layout: Layout) -> Plan:
+        return _predict(
+            model, cluster, layout, schedule, microbatch, microbatches, placement, reduction
+        )
 
-    layout = layout_of(model, stages, placement)
+    def stage_bytes(stage: int, cost: StageCost) -> int:
+        """The need of 1f1b, which no schedule exceeds unless there is room."""
+        in_flight = min(microbatches, stages - stage)
+        activations = in_flight * microbatch * cost.whole.activation_bytes
+        return zero2_state_bytes(cost, replicas, reduction) + activations
+
+    plan = predicted(layout_of(model, stages, placement))
+    if not plan.fits:
+        with contextlib.suppress(ConfigError):  # no cut fits
+            limit = _usable_bytes(cluster.gpu)
+            return predicted(layout_of(model, stages, placement, stage_bytes, limit))
+    return plan
+
+
+def _usable_bytes(gpu: Gpu) -> int:
+    return int(MEMORY_SHARE * gpu.memory_gib * 2**30)
+
+
+def _predict(
+    model: ModelConfig,
+    cluster: Cluster,
+    layout: Layout,
+    schedule: Name,
+    microbatch: int,
+    microbatches: int,
+    placement: Placement,
+    reduction: Reduction,
+) -> Plan:
     pipeline = pipeline_of(model, layout, placement)
+    stages = pipeline.num_ranks
+    replicas = cluster.num_gpus // stages
+    limit = _usable_bytes(cluster.gpu)
     rate = cluster.gpu.peak_tflops * 1e12 * cluster.gpu.utilisation * microbatch / (microbatch + 2)
     times = times_of(
         model, layout, microbatch, rate,
         lambda source, target: _seconds_per_byte(cluster, pipeline, replicas, source, target),
         split=schedule == "dib_w",
     )  # fmt: skip
-    costs = [stage_cost(model, stage.first, stage.last) for stage in layout]
-    states = [sum(state_bytes(costs[s]) for s in pipeline.stages_of(r)) for r in range(stages)]
+    held = [
+        [stage_cost(model, layout[s].first, layout[s].last) for s in pipeline.stages_of(rank)]
+        for rank in range(stages)
+    ]
+    states = [sum(zero2_state_bytes(cost, replicas, reduction) for cost in costs) for costs in held]
     first = min(microbatches, max(8, 2 * stages))
     built = build(
         schedule, pipeline, first, times, memory_of(model, layout, microbatch),
-        int(limit) - max(states), quick=True,
+        limit - max(states), quick=True,
     )  # fmt: skip
-    pace = max(built.timeline.busy) / first
-    compute = built.timeline.makespan + (microbatches - first) * pace
-    reduction_bytes, exposed = _reduction(cluster, pipeline, costs, replicas, times)
-    step = compute + exposed
+    timeline = built.timeline
+    pace = max(map(sum, zip(timeline.busy, timeline.receiving, strict=True))) / first
+    compute = timeline.makespan + (microbatches - first) * pace
+    reductions = microbatches if reduction == "per_microbatch" else 1
+    reduction_bytes = max(
+        sum(zero2_traffic_bytes(cost, replicas, reductions) for cost in costs) for costs in held
+    )
+    crosses = replicas > cluster.gpus_per_node
+    bandwidth = (cluster.network_gbytes if crosses else cluster.gpu.intra_gbytes) * 1e9
+    step = compute + reduction_bytes / bandwidth
     memory = max(state + peak for state, peak in zip(states, built.peaks, strict=True))
     rate_of_images = microbatch * microbatches * replicas / step
-    busy = sum(built.timeline.busy) / stages / first * microbatches
+    busy = sum(timeline.busy) / stages / first * microbatches
     flops = model_cost(model).whole.training_flops
     return Plan(
         stages=stages,
@@ -176,7 +226,7 @@ def predict(
         images_per_second=rate_of_images,
         mfu=mfu(flops, rate_of_images / cluster.num_gpus, cluster.gpu),
         idle_fraction=1 - busy / compute,
-        reduction_seconds=exposed,
+        reduction_seconds=reduction_bytes / bandwidth,
         memory_bytes=memory,
         activation_bytes=max(built.peaks),
         boundary_bytes=microbatches * _boundary_bytes(model, layout, pipeline, microbatch),
@@ -199,26 +249,6 @@ def _seconds_per_byte(
     if len(nodes) == 1:
         return 1 / (cluster.gpu.intra_gbytes * 1e9)
     return min(replicas, cluster.gpus_per_node) / (cluster.network_gbytes * 1e9)
-
-
-def _reduction(
-    cluster: Cluster, pipeline: Pipeline, costs: list[StageCost], replicas: int, times: Times
-) -> tuple[int, float]:
-    """(bytes, seconds not hidden) of the slowest rank's ring all-reduce of 16-bit gradients."""
-    crosses = replicas > cluster.gpus_per_node
-    bandwidth = (cluster.network_gbytes if crosses else cluster.gpu.intra_gbytes) * 1e9
-    found = []
-    for rank in range(pipeline.num_ranks):
-        stages = pipeline.stages_of(rank)
-        trainable = sum(costs[stage].whole.trainable for stage in stages)
-        size = round(2 * (replicas - 1) / replicas * 2 * trainable)
-        backward = sum(
-            times.compute[kind, stage]
-            for stage in stages
-            for kind in ("encoder_backward", "decoder_backward")
-        )
-        found.append((size, max(0.0, size / bandwidth - HIDDEN_SHARE * backward)))
-    return max(size for size, _ in found), max(seconds for _, seconds in found)
 
 
 def _boundary_bytes(model: ModelConfig, layout: Layout, pipeline: Pipeline, microbatch: int) -> int:

@@ -34,7 +34,8 @@ Messages: `send` never waits (isend; keep the tensor alive until it is done), `r
 `peer` is the *stage* at the other end; `Pipeline.rank_of(peer)` is its rank. A message is known by
 (payload, stage, peer, micro-batch), there is exactly one `receive` for it, and the messages of one
 (payload, source, target) travel in micro-batch order at both ends, so no tags are needed where each
-payload and direction has a channel of its own. A `receive` may be posted earlier than its place.
+payload and direction has a channel of its own. A transfer begins where its receive stands in the
+list: nothing overlaps it on the receiver.
 Stages on the same rank exchange no messages: the executor hands the tensor over.
 
 Order: for each stage and kind the micro-batches come as 0, 1, ..., M - 1. Every parameter's
@@ -222,10 +223,12 @@ class Times:
     compute: Mapping[tuple[Kind, int], float]
     """By kind and stage."""
     transfer: Mapping[tuple[Payload, int], float]
-    """From send to arrival, by payload and source stage; missing ones take no time."""
+    """By payload and source stage, once both ends are there; missing ones take no time."""
 
     def of(self, step: Instruction) -> float:
-        """Seconds that an instruction keeps its rank busy; messages do not."""
+        """Seconds of a computation or a receive; a send takes none."""
+        if step.kind == "receive" and step.payload is not None and step.peer is not None:
+            return self.transfer.get((step.payload, step.peer), 0.0)
         return self.compute.get((step.kind, step.stage), 0.0)
 
 

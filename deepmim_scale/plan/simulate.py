@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepmim_scale.plan.schedule import Instruction, Schedule, Times
+from deepmim_scale.plan.schedule import Instruction, Message, Schedule, Times
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Event:
-    """One instruction on the time axis, seconds; a receive ends when its message has come."""
+    """One instruction on the time axis, seconds; a receive lasts until its message has come."""
 
     rank: int
     instruction: Instruction
@@ -39,6 +39,8 @@ class Timeline:
     makespan: float
     busy: tuple[float, ...]
     """Seconds of compute per rank."""
+    receiving: tuple[float, ...]
+    """Seconds of transfer per rank, in which it only receives."""
 
     @property
     def idle(self) -> tuple[float, ...]:
@@ -58,12 +60,15 @@ class Deadlock(ValueError):
 def simulate(schedule: Schedule, times: Times) -> Timeline:
     """Run the lists: each rank in order, sends without waiting, receives until the message comes.
 
-    Raises Deadlock with the instruction that each rank hangs at.
+    A transfer starts when the message is sent and the receiver is there: NCCL takes a receive up
+    behind the computations queued before it, so that it overlaps none of them. Raises Deadlock with
+    the instruction that each rank hangs at.
     """
     clock = [0.0] * len(schedule.ranks)
     busy = [0.0] * len(schedule.ranks)
+    receiving = [0.0] * len(schedule.ranks)
     position = [0] * len(schedule.ranks)
-    arrivals: dict[tuple[object, ...], float] = {}
+    sent: dict[Message, float] = {}
     events: list[Event] = []
     moved = True
     while moved:
@@ -73,14 +78,12 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
                 instruction = instructions[position[rank]]
                 start = end = clock[rank]
                 if instruction.kind == "receive":
-                    if instruction.message not in arrivals:
+                    if instruction.message not in sent:
                         break
-                    end = max(start, arrivals[instruction.message])
-                elif instruction.payload is not None:
-                    arrival = start + times.transfer.get(
-                        (instruction.payload, instruction.stage), 0.0
-                    )
-                    arrivals[instruction.message] = arrival
+                    end = max(start, sent[instruction.message]) + times.of(instruction)
+                    receiving[rank] += times.of(instruction)
+                elif instruction.kind == "send":
+                    sent[instruction.message] = start
                 else:
                     end = start + times.of(instruction)
                     busy[rank] += end - start
@@ -96,7 +99,7 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
     if stuck:
         hangs = "; ".join(f"rank {rank} at {instruction}" for rank, instruction in stuck.items())
         raise Deadlock(f"schedule {schedule.name} never ends: {hangs}")
-    return Timeline(tuple(events), max(clock), tuple(busy))
+    return Timeline(tuple(events), max(clock), tuple(busy), tuple(receiving))
 
 
 def peak_activation_bytes(schedule: Schedule, memory: Sequence[Memory]) -> tuple[int, ...]:

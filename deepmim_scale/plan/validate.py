@@ -33,7 +33,9 @@ def validate(
         peaks = peak_activation_bytes(schedule, memory)
         for rank, peak in enumerate(peaks):
             if peak > memory_limit:
-                raise ScheduleError(f"rank {rank}: keeps {peak} bytes, limit {memory_limit}")
+                raise ScheduleError(
+                    f"rank {rank}: keeps {peak} bytes of activations, limit {memory_limit}"
+                )
 
 
 def _check_completeness(schedule: Schedule, rank: int) -> None:

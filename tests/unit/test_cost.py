@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from deepmim_scale.plan import cost as costs
-from deepmim_scale.plan.hardware import GPUS, mfu
+from deepmim_scale.plan.hardware import GPUS, gpu_named, mfu
 from deepmim_scale.presets import PRESETS, load_preset
 
 MIRL_S = [1.049, 1.093, 1.138, 1.182, 1.227, 1.272]
@@ -86,14 +86,68 @@ def test_attention_has_no_weight_gradient():
     assert block.backward_flops == 2 * block.forward_flops
 
 
-def test_activation_bytes_match_measurement():
+def test_saved_values_match_measurement():
     """Measured saved tensors of DeepMIM ViT-B/12 in fp32, MB per image: joint, local backward."""
     config = model("deepmim_vit_b_12", masked_query=False)
     joint = costs.model_cost(config)
     local = joint.encoder + costs.decoder_cost(config, 0)
-    assert joint.whole.activation_bytes("fp32") / 1e6 == pytest.approx(142.3, rel=0.03)
-    assert local.activation_bytes("fp32") / 1e6 == pytest.approx(57.8, rel=0.03)
-    assert local.activation_bytes("autocast") * 2 == local.activation_bytes("fp32")
+    assert 4 * joint.whole.saved_values / 1e6 == pytest.approx(142.3, rel=0.03)
+    assert 4 * local.saved_values / 1e6 == pytest.approx(57.8, rel=0.03)
+
+
+@pytest.mark.parametrize("queries", [None, 30])
+def test_activation_bytes_under_autocast(queries):
+    """What autograd keeps of a block, from batches of 1 and 3: parameters' copies fall out."""
+    torch = pytest.importorskip("torch")
+    from deepmim_scale.models.blocks import DecoderBlock, transformer_block
+
+    width, tokens = 256, 40
+    block = transformer_block(width, 4, 4.0, DecoderBlock)
+    ids = None if queries is None else torch.arange(queries).unsqueeze(0)
+
+    def saved_bytes(batch: int) -> int:
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+            return tensor
+
+        x = torch.randn(batch, tokens, width, requires_grad=True)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            block(x, ids if ids is None else ids.expand(batch, -1))
+        return sum(size for size, _ in storages.values())
+
+    measured = (saved_bytes(3) - saved_bytes(1)) / 2
+    counted = costs.block_cost(width, 4.0, tokens, queries).activation_bytes
+    assert counted == pytest.approx(measured, rel=0.02)
+
+
+def test_teacher():
+    """CLIP's ViT-B/16: open_clip's own parameters and FLOPs; students are counted without it."""
+    config = model("deepmim_clip_vit_b_12")
+    teacher = costs.teacher_cost(config)
+    assert (teacher.trainable, teacher.frozen) == (0, 86_192_640)
+    assert teacher.training_flops == teacher.forward_flops
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    visual = open_clip.create_model(
+        "ViT-B-16-quickgelu", load_weights=False, pretrained_text=False
+    ).visual.to("meta")
+    visual.output_tokens = True
+    assert sum(p.numel() for p in visual.parameters()) == teacher.frozen
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        _, tokens = visual(torch.empty(2, 3, 224, 224, device="meta"))
+        tokens @ visual.proj
+    assert counter.get_total_flops() == 2 * teacher.forward_flops
+    stage = costs.stage_cost(config, 0, 8)
+    assert stage.executed == stage.whole + teacher
+    assert costs.stage_cost(config, 0, 2).teacher == costs.Cost()
+    assert costs.stage_cost(model("deepmim_vit_b_12"), 0, 8).teacher == costs.Cost()
 
 
 def test_boundary_bytes():
@@ -111,11 +165,61 @@ def test_boundary_bytes():
 
 @pytest.mark.parametrize("replicas", [1, 3, 8])
 def test_zero2_state(replicas):
-    cost = costs.Cost(trainable=24_000)
-    sharded = costs.zero2_state_bytes(cost, replicas, "pure16", "per_microbatch")
-    assert sharded == 2 * 24_000 + 14 * 24_000 // replicas
-    whole = costs.zero2_state_bytes(cost, replicas, "autocast", "coalesced")
-    assert whole == 8 * 24_000 + 12 * 24_000 // replicas
+    """fp32 weights and their 16-bit copy, fp32 gradients, 12 bytes of optimizer; the teacher."""
+    student, teacher = costs.Cost(trainable=24_000), costs.Cost(frozen=1000)
+    cost = costs.StageCost(student, costs.Cost(), costs.Cost())
+    sharded = costs.zero2_state_bytes(cost, replicas, "per_microbatch")
+    assert sharded == 6 * 24_000 + 16 * 24_000 // replicas
+    whole = costs.zero2_state_bytes(cost, replicas)
+    assert whole == 10 * 24_000 + 12 * 24_000 // replicas
+    taught = costs.StageCost(student, costs.Cost(), teacher)
+    assert costs.zero2_state_bytes(taught, replicas) == whole + 4000
+    assert costs.zero2_traffic_bytes(taught, replicas) == (
+        costs.zero2_traffic_bytes(cost, replicas)
+    )
+
+
+def test_zero2_traffic():
+    """Two ranks, measured: an all-reduce of 2 bytes a parameter, an all-gather of fp32 weights."""
+    cost = costs.StageCost(costs.Cost(trainable=1000), costs.Cost(), costs.Cost())
+    assert costs.zero2_traffic_bytes(cost, 2) == 2 * 1000 + 2 * 1000
+    assert costs.zero2_traffic_bytes(cost, 4, 3) == 3 * 3000 + 3000
+    assert costs.zero2_traffic_bytes(cost, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("Tesla V100-SXM2-32GB", "v100-32g"),
+        ("Tesla V100-SXM3-32GB", "v100-32g"),
+        ("Tesla V100-PCIE-32GB", None),  # 112 TFLOP/s
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("A100-SXM4-40GB", "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", "a100-80g"),
+        ("NVIDIA A100 80GB PCIe", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("NVIDIA H100 PCIe", None),  # 756
+        ("NVIDIA H100 NVL", None),  # 835
+        ("NVIDIA H200", "h200-141g"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_gpu_named(name, key):
+    assert gpu_named(name) == (GPUS[key] if key else None)
+
+
+def test_known_gpu(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from deepmim_scale.train.metrics import known_gpu
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000")
+    assert known_gpu(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert known_gpu(torch.device("cuda")) == GPUS["h200-141g"]
+    assert known_gpu(torch.device("cpu")) is None
 
 
 def test_mfu_of_the_papers():

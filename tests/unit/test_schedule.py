@@ -171,7 +171,7 @@ def test_validator_finds_memory():
     memory = [Memory(10, 8, 4)] * 2
     assert max(built.peaks) == 4 * 18
     validate(built.schedule, memory, 72)
-    with pytest.raises(ScheduleError, match="rank 0: keeps 72 bytes, limit 71"):
+    with pytest.raises(ScheduleError, match="rank 0: keeps 72 bytes of activations, limit 71"):
         validate(built.schedule, memory, 71)
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 from deepmim_scale.plan import cost as costs
+from deepmim_scale.plan import generate
 from deepmim_scale.plan.generate import build
+from deepmim_scale.plan.greedy import list_order
 from deepmim_scale.plan.schedule import Pipeline, Times
 from deepmim_scale.plan.simulate import Memory, peak_activation_bytes, simulate
 from deepmim_scale.presets import load_preset
@@ -93,10 +95,10 @@ def test_study(row, capsys):
 
 
 def test_dib_uses_less_memory_than_1f1b():
-    """ViT-B/12 with a decoder on each of 4 stages, MB per image, 16-bit."""
+    """ViT-B/12 with a decoder on each of 4 stages, MB per image, all in 16 bits as in the table."""
     config = load_preset("deepmim_vit_b_12").model.model_copy(update={"masked_query": False})
-    encoder = 3 * costs.encoder_block_cost(config).activation_bytes()
-    decoder = costs.decoder_cost(config, 0).activation_bytes()
+    encoder = 3 * 2 * costs.encoder_block_cost(config).saved_values
+    decoder = 2 * costs.decoder_cost(config, 0).saved_values
     memory = [Memory(encoder, decoder, decoder)] * 4
     peaks = {}
     for name in ("1f1b", "dib", "dib_w"):
@@ -129,3 +131,51 @@ def test_transfer_times_by_hand():
     assert timeline.makespan == 1 + 0.5 + 1 + 2 + 0.25 + 2
     assert timeline.busy == (3, 3)
     assert timeline.idle == pytest.approx((1 - 3 / 6.75,) * 2)
+
+
+def test_no_transfer_overlaps_computation():
+    """A receiver that comes late waits for the whole transfer: 2 micro-batches of gpipe by hand."""
+    schedule = built("gpipe", [1.0, 3.0], [0.0, 0.0], 2).schedule
+    transfer = {("activation", 0): 0.5, ("gradient", 1): 0.25}
+    timeline = simulate(schedule, Times(times([1.0, 3.0], [0.0, 0.0], False).compute, transfer))
+    # Stage 1: receive from 1 to 1.5, forward to 4.5; the second activation, sent at 2, to 5.
+    receives = [(e.start, e.end) for e in timeline.events if e.instruction.kind == "receive"]
+    assert receives[:2] == [(0.0, 1.5), (4.5, 5.0)]
+    # Two backwards of 6 until 20; gradients taken up at 14 and, after a backward of 2, at 20.
+    assert receives[2:] == [(2.0, 14.25), (16.25, 20.25)]
+    assert timeline.makespan == 22.25
+    assert timeline.receiving == (0.5, 1.0)
+
+
+def test_search_knows_of_transfers():
+    """It gives a rank that can receive or compute what the simulation then does at once."""
+    compute = times([1.0] * 3, [1.5] * 3, False).compute
+    transfer = {(p, s): 0.4 for p in ("activation", "gradient") for s in range(3)}
+    pipeline, memory = Pipeline(3, (True,) * 3), [Memory(1, 1, 1)] * 3
+    slow = build("dib", pipeline, 6, Times(compute, transfer), memory)
+    blind = build("dib", pipeline, 6, Times(compute, {}), memory)
+    # An inner rank takes up two messages for each micro-batch and computes nothing meanwhile.
+    assert slow.timeline.receiving == pytest.approx((2.4, 4.8, 2.4))
+    assert slow.timeline.makespan >= blind.timeline.makespan + 2.4
+    late = simulate(blind.schedule, Times(compute, transfer))
+    assert slow.timeline.makespan <= late.makespan
+
+
+@pytest.mark.parametrize("name", ["dib", "dib_w"])
+def test_many_microbatches_are_planned_quickly(name, monkeypatch):
+    """Beyond 4 per rank one policy is carried out, as good as the search over all of them."""
+    counts = []
+
+    def counted(pipeline, count, *rest):
+        counts.append(count)
+        return list_order(pipeline, count, *rest)
+
+    monkeypatch.setattr(generate, "list_order", counted)
+    stages = [study_stage(12, 4, index) for index in range(4)]
+    quick = built(name, *zip(*stages, strict=True), 40)
+    assert max(counts) == 40
+    assert counts.count(40) == 1
+    assert counts.count(16) == len(counts) - 1
+    monkeypatch.setattr(generate, "SEARCHED_MICROBATCHES", 10)
+    best = built(name, *zip(*stages, strict=True), 40)
+    assert quick.timeline.makespan <= 1.01 * best.timeline.makespan
