@@ -138,16 +138,22 @@ def read_tensors(folder: Path, kind: str, names: Iterable[str] | None = None) ->
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """Lines of a report on one checkpoint or on all of a run's; ConfigError if one is damaged."""
+    """A line on the checkpoint or on each of a run's; at the end ConfigError if any is damaged."""
     path = Path(path)
-    folders = [path] if (path / STATE).is_file() else saved(path)
+    run = path.parent if path.name == "checkpoints" else path
+    folders = [path] if (path / STATE).is_file() else saved(run)
     if not folders:
         raise ConfigError(f"{path}: no checkpoint; give a run or a checkpoints/step_* folder")
+    damaged = 0
     for folder in folders:
         found = problem(folder)
-        if found is not None:
-            raise ConfigError(f"{found}; delete this checkpoint, an older one will be used")
-        yield f"{folder}: intact, step {read_state(folder)['step']}"
+        damaged += found is not None
+        yield found or f"{folder}: intact, step {read_state(folder)['step']}"
+    if damaged:
+        raise ConfigError(
+            f"{path}: {damaged} of {len(folders)} checkpoints damaged; delete what is damaged, a "
+            "run goes on from its newest intact checkpoint or, if none is left, from the start"
+        )
 
 
 def _digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepmim_scale.checkpoint import files
+from deepmim_scale.cli import main
 from deepmim_scale.config import ConfigError
 
 
@@ -81,6 +82,25 @@ def test_every_flipped_bit_is_found(tmp_path_factory, data) -> None:
     content[bit // 8] ^= 1 << bit % 8
     file.write_bytes(content)
     assert "damaged" in (files.problem(folder) or "")
+
+
+def test_verify_checks_all(tmp_path: Path, capsys) -> None:
+    folders = [write(tmp_path, step) for step in (1, 2, 3)]
+    (folders[0] / "state.json").write_text("{")
+    (folders[1] / "weights_stage01.safetensors").unlink()
+    for place in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(SystemExit) as stop:
+            main(["verify", str(place)])
+        captured = capsys.readouterr()
+        first, second, third = captured.out.splitlines()
+        assert first == f"{folders[0]}/state.json: unreadable (JSONDecodeError)"
+        assert second == f"{folders[1]}/weights_stage01.safetensors: missing"
+        assert third == f"{folders[2]}: intact, step 3"
+        assert stop.value.code == 2
+        assert captured.err.startswith(f"error: {place}: 2 of 3 checkpoints damaged; delete ")
+        assert captured.err.count("\n") == 1
+    main(["verify", str(folders[2])])
+    assert capsys.readouterr().out == f"{folders[2]}: intact, step 3\n"
 
 
 def test_nothing_there(tmp_path: Path) -> None:
