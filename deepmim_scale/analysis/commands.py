@@ -4,108 +4,107 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
 import tyro
 
+from deepmim_scale.arguments import writable
 from deepmim_scale.config import ConfigError, Frozen, even_taps
 
 SHOWN = 6  # blocks in the printed table
 
 
-class ReconstructArguments(Frozen):
+class _Arguments(Frozen):
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    output: str = ""
+    """Folder for the picture (default: the run's)."""
+    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
+    """File for the numbers (default: beside the picture, its name with .json)."""
+
+
+class ReconstructArguments(_Arguments):
     """Draw held-out images, masked and filled in by each decoder, and print their errors."""
 
-    run: tyro.conf.Positional[str]
-    """Folder of a run."""
     data: str = ""
     """Image folder with a held-out part (default: the run's)."""
-    output: str = ""
-    """Folder for reconstructions.png (default: the run's)."""
 
 
-class LossesArguments(Frozen):
+class LossesArguments(_Arguments):
     """Draw each decoder's loss over the steps of a run."""
 
-    run: tyro.conf.Positional[str]
-    """Folder of a run."""
-    output: str = ""
-    """Folder for losses.png (default: the run's)."""
 
-
-class AttentionArguments(Frozen):
+class AttentionArguments(_Arguments):
     """Measure and draw how far each head looks, on whole held-out images."""
 
-    run: tyro.conf.Positional[str]
-    """Folder of a run."""
     data: str = ""
     """Image folder with a held-out part (default: the run's)."""
     images: int = 256
     """How many held-out images, spread over the classes."""
-    output: str = ""
-    """Folder for attention.png (default: the run's)."""
-    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
-    """File for the numbers (default attention.json beside the picture)."""
 
 
-class CkaArguments(Frozen):
+class CkaArguments(_Arguments):
     """Compare the representations of all blocks by linear CKA, on whole held-out images."""
 
-    run: tyro.conf.Positional[str]
-    """Folder of a run."""
     run2: str = ""
     """Another run, whose blocks are compared with RUN's (default: RUN's with each other)."""
     data: str = ""
     """Image folder with a held-out part (default: the run's)."""
     images: int = 256
     """How many held-out images, spread over the classes."""
-    output: str = ""
-    """Folder for cka.png (default: the run's)."""
-    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
-    """File for the numbers (default cka.json beside the picture)."""
 
 
-def _picture(output: str, run: str, name: str) -> Path:
-    path = Path(output or run) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _outputs(arguments: _Arguments, name: str) -> tuple[Path, Path]:
+    """Where picture and numbers go; ConfigError if they cannot."""
+    picture = writable("output", Path(arguments.output or arguments.run) / f"{name}.png")
+    return picture, writable("json", arguments.json_file or picture.with_suffix(".json"))
 
 
 def run_reconstruct(arguments: ReconstructArguments) -> None:
-    """Write reconstructions.png and print each decoder's held-out error."""
+    """Write reconstructions.png and .json, and print each decoder's held-out error."""
     from deepmim_scale.train.run_folder import load_run_config
 
     config = load_run_config(arguments.run)
+    picture, json_file = _outputs(arguments, "reconstructions")
     from deepmim_scale.analysis import reconstruct
     from deepmim_scale.evaluate.features import load_model
 
     model = load_model(arguments.run)
     manifest, batches = reconstruct.held_out(config, arguments.data or config.data)
     errors = reconstruct.held_out_errors(model, batches)
+    guess, meaning = reconstruct.GUESSES[config.model.norm_pix]
     print(f"held-out masked mean squared error ({len(manifest)} images, normalised pixels)")
+    if config.model.norm_pix:
+        print(f"  {reconstruct.GIVEN} to the decoders, the mean to the guess")
     for name, value in errors.items():
-        share = value / errors[reconstruct.GUESS]
-        print(f"  {name:14s} {value:.4f}  {share:5.2f} of guessing the visible patches' mean")
-    path = _picture(arguments.output, arguments.run, "reconstructions.png")
-    reconstruct.draw(model, reconstruct.examples(manifest, batches), path)
-    print(f"wrote {path}")
+        print(f"  {name:14s} {value:.4f}  {value / errors[guess]:5.2f} of guessing {meaning}")
+    reconstruct.draw(model, reconstruct.examples(manifest, batches), picture)
+    content = {"images": len(manifest), "guess": guess, "errors": errors}
+    _write(content, picture, json_file)
 
 
 def run_losses(arguments: LossesArguments) -> None:
-    """Write losses.png and print how far each decoder's loss fell."""
+    """Write losses.png and .json, and print how far each decoder's loss fell."""
     from deepmim_scale.analysis.losses import draw, falls
-    from deepmim_scale.train.run_folder import load_run_config, read_metrics
+    from deepmim_scale.train.run_folder import METRICS, load_run_config, read_metrics
 
-    load_run_config(arguments.run)
-    rows = read_metrics(arguments.run)
+    run = arguments.run
+    load_run_config(run)
+    rows = read_metrics(run) if (Path(run) / METRICS).is_file() else []
+    if not rows:
+        raise ConfigError(f"{run}: has no steps yet; train first")
+    picture, json_file = _outputs(arguments, "losses")
     print("loss, mean of the first and of the last tenth of the steps")
+    content: dict[str, Any] = {"step": rows[-1]["step"], "losses": {}}
     for name, (first, last) in falls(rows).items():
         print(f"  {name:10s} {first:.4f} -> {last:.4f}  ({last / first:.2f})")
-    path = _picture(arguments.output, arguments.run, "losses.png")
-    draw(rows, path)
-    print(f"wrote {path}")
+        ends = {"first": first, "last": last}
+        content["losses"][name] = {k: v if isfinite(v) else None for k, v in ends.items()}
+    draw(rows, picture)
+    _write(content, picture, json_file)
 
 
 def run_attention(arguments: AttentionArguments) -> None:
@@ -114,6 +113,7 @@ def run_attention(arguments: AttentionArguments) -> None:
 
     config = load_run_config(arguments.run)
     _check_images(arguments.images)
+    picture, json_file = _outputs(arguments, "attention")
     from deepmim_scale.analysis import attention
     from deepmim_scale.analysis.images import open_held_out, spread, whole_images
     from deepmim_scale.evaluate.features import load_model
@@ -127,10 +127,9 @@ def run_attention(arguments: AttentionArguments) -> None:
         print(f"  block {block.block:2d}  distance {mean:5.2f}  heads {low:5.2f} to {high:5.2f}  "
               f"cosine between heads {block.head_cosine:.3f}")  # fmt: skip
     print(f"  uniform attention: {uniform:.2f}")
-    path = _picture(arguments.output, arguments.run, "attention.png")
-    attention.draw(blocks, uniform, path)
+    attention.draw(blocks, uniform, picture)
     content = {"images": len(manifest), "uniform": uniform, "blocks": [asdict(b) for b in blocks]}
-    _write(content, path, arguments.json_file)
+    _write(content, picture, json_file)
 
 
 def run_cka(arguments: CkaArguments) -> None:
@@ -140,6 +139,7 @@ def run_cka(arguments: CkaArguments) -> None:
     runs = (arguments.run, arguments.run2 or arguments.run)
     configs = [load_run_config(run) for run in runs]
     _check_images(arguments.images)
+    picture, json_file = _outputs(arguments, "cka")
     from deepmim_scale.analysis import cka
     from deepmim_scale.analysis.images import open_held_out, spread, whole_images
     from deepmim_scale.evaluate.features import load_model
@@ -158,11 +158,10 @@ def run_cka(arguments: CkaArguments) -> None:
     print("         " + " ".join(f"{block:5d}" for block in columns))
     for row in rows:
         print(f"  {row:5d}  " + " ".join(f"{table[row - 1, c - 1]:5.2f}" for c in columns))
-    path = _picture(arguments.output, arguments.run, "cka.png")
     names = [Path(run).name for run in runs]
-    cka.draw(table, names, [config.model.taps for config in configs], path)
+    cka.draw(table, names, [config.model.taps for config in configs], picture)
     content = {"images": len(manifest), "runs": runs, "cka": table.tolist()}
-    _write(content, path, arguments.json_file)
+    _write(content, picture, json_file)
 
 
 def _check_images(images: int) -> None:
@@ -170,7 +169,6 @@ def _check_images(images: int) -> None:
         raise ConfigError(f"images={images}: must be positive")
 
 
-def _write(content: dict[str, Any], picture: Path, json_file: str) -> None:
-    file = Path(json_file or picture.with_suffix(".json"))
-    file.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {picture} and {file}")
+def _write(content: dict[str, Any], picture: Path, json_file: Path) -> None:
+    json_file.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {picture} and {json_file}")

@@ -26,7 +26,13 @@ from deepmim_scale.targets.pixels import (
 )
 
 NUM_CLASSES, NUM_SPREAD = 5, 5
-GUESS = "visible mean"
+# What a masked patch is guessed to be, by norm_pix: a name and its meaning. With norm_pix the
+# pictures are made with each masked patch's statistics, so the guess must know its mean.
+GUESSES = {
+    False: ("visible mean", "the visible patches' mean"),
+    True: ("patch mean", "each masked patch's own mean"),
+}
+GIVEN = "norm_pix: masked patches' true mean and deviation are given"
 GRAY = 0.0  # of normalised pixels: the mean colour
 
 
@@ -61,24 +67,27 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
 
 
 def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
-    """Each masked patch guessed as the mean colour of its image's visible patches [N, 3, S, S]."""
+    """Images [N, 3, S, S] with each masked patch guessed as GUESSES says."""
     config, masking = model.config, model.masking(images, noise)
     patches = patchify(images, config.patch_size)
-    visible = gather_tokens(patches, masking.ids_visible).unflatten(-1, (-1, config.in_chans))
-    colour = visible.mean((1, 2)).repeat(1, config.patch_size**2).unsqueeze(1)
+    if config.norm_pix:
+        guess, _ = patch_statistics(patches)
+    else:
+        visible = gather_tokens(patches, masking.ids_visible).unflatten(-1, (-1, config.in_chans))
+        guess = visible.mean((1, 2)).repeat(1, config.patch_size**2).unsqueeze(1)
     ids = masking.ids_masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    filled = patches.scatter(1, ids, colour.expand_as(patches).gather(1, ids))
+    filled = patches.scatter(1, ids, guess.expand_as(patches).gather(1, ids))
     return unpatchify(filled, config.patch_size, config.in_chans)
 
 
 def held_out_errors(model: Model, batches: list[Batch]) -> dict[str, float]:
-    """Mean squared error of masked pixels per decoder, and of GUESS, in normalised pixels."""
+    """Mean squared error of masked pixels per decoder, and of the guess, in normalised pixels."""
     sums: dict[str, float] = {}
     count = 0
     for batch in batches:
         images = normalise(batch.images)
         _, pictures = reconstruct(model, images, batch.noise)
-        pictures[GUESS] = plain_guess(images, model, batch.noise)
+        pictures[GUESSES[model.config.norm_pix][0]] = plain_guess(images, model, batch.noise)
         for name, picture in pictures.items():
             sums[name] = sums.get(name, 0.0) + (picture - images).square().sum().item()
         masked = model.config.num_patches - model.config.num_visible
@@ -104,7 +113,11 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
         for row, image in enumerate(to_pixels(values)):
             axes[row, column].imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row, column].axis("off")
-    figure.tight_layout(pad=0.2)
+    top = 1.0
+    if model.config.norm_pix:
+        top -= 0.2 / figure.get_figheight()  # inches
+        figure.suptitle(GIVEN, fontsize=8, y=1, va="top")
+    figure.tight_layout(pad=0.2, rect=(0, 0, 1, top))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

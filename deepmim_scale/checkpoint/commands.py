@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from deepmim_scale.arguments import writable
 from deepmim_scale.config import ConfigError, Frozen
 
 
@@ -18,7 +19,7 @@ class VerifyArguments(Frozen):
 
 
 def run(arguments: VerifyArguments) -> None:
-    """Print a line per intact checkpoint; ConfigError names a damaged file."""
+    """Print a line per checkpoint; ConfigError at the end if any is damaged."""
     from deepmim_scale.checkpoint.files import verify
 
     for line in verify(arguments.checkpoint):
@@ -54,6 +55,7 @@ def run_export(arguments: ExportArguments) -> None:
         if path.exists():
             raise ConfigError(f"output={path}: exists; delete it or choose another --output")
     load_run_config(arguments.run)
+    writable("output", output)
     from deepmim_scale.checkpoint.export import export
 
     for line in export(arguments.run, arguments.format, output):

@@ -151,7 +151,6 @@ def export(run: str, layout: str, output: Path) -> list[str]:
     tensors = TENSORS[layout](model)
     header = {"format": "pt", "names": layout, "preset": config.preset, "step": str(step),
               "method": config.model.method, "licence": LICENCE}  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
     files.write_tensors(part, tensors, header)
     part.rename(output)

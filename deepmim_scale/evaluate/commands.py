@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from deepmim_scale.arguments import writable
 from deepmim_scale.config import ConfigError, Frozen
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run_digits(arguments: DigitsArguments) -> None:
     from deepmim_scale.train.run_folder import load_run_config
 
     load_run_config(arguments.run)
+    output = writable("json", arguments.json_file or Path(arguments.run) / "digits.json")
     from deepmim_scale.evaluate.digits import NUM_DRAWS, NUM_LABELS, probe_run, table
 
     rows = probe_run(arguments.run)
@@ -64,7 +66,6 @@ def run_digits(arguments: DigitsArguments) -> None:
     for encoder, title in (("-", "raw pixels"), ("untrained", "untrained"), ("trained", "trained")):
         best = max((row for row in rows if row.encoder == encoder), key=lambda row: row.mean)
         print(f"best {title}: {100 * best.mean:.1f} ({best.features}, {best.pool}, {best.probe})")
-    output = Path(arguments.json_file or Path(arguments.run) / "digits.json")
     output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
@@ -105,6 +106,8 @@ def _data(arguments: FolderArguments) -> str:
     run = load_run_config(arguments.run)
     if not arguments.pool:
         raise ConfigError("pool: names nothing; give one or more of class, mean, 2x2")
+    if arguments.json_file:
+        writable("json", arguments.json_file)
     return arguments.data or run.data
 
 

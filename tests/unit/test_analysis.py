@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepmim_scale.analysis import attention, cka
+from deepmim_scale.analysis import attention, cka, losses, reconstruct
 from deepmim_scale.analysis.images import open_held_out, spread
 from deepmim_scale.cli import main
 from deepmim_scale.evaluate.features import embedded, load_model
 from deepmim_scale.models import build_model
-from deepmim_scale.presets import debug
+from deepmim_scale.presets import debug, load_preset
+from deepmim_scale.targets.pixels import normalise
+from deepmim_scale.train.run_folder import write_config
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +164,103 @@ def test_cka_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
     assert Image.open(tmp_path / "cka.png").width > 500
 
 
+def test_reconstruct_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
+    """With norm_pix the guess knows as much as the decoders: every masked patch's mean."""
+    main(["analyse", "reconstruct", str(finished_run("debug")), "--data", str(data), "--output",
+          str(tmp_path), "--json", str(tmp_path / "x.json")])  # fmt: skip
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert content["images"] == 9
+    assert list(content["errors"]) == ["block03", "block06", "block09", "block12", "patch mean"]
+    printed = capsys.readouterr().out
+    assert "norm_pix: masked patches' true mean and deviation are given" in printed
+    assert "1.00 of guessing each masked patch's own mean" in printed
+    assert Image.open(tmp_path / "reconstructions.png").width > 500
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_model_that_predicts_nothing_is_as_good_as_the_guess(norm_pix: bool, data: Path) -> None:
+    """norm_pix: zeros are the patches' means, and fine structure is all that is left to learn."""
+    preset = load_preset("debug")
+    config = preset.model.model_copy(update={"norm_pix": norm_pix})
+    model = build_model(config)
+    for decoder in model.decoders.values():
+        torch.nn.init.zeros_(decoder.pred.weight)
+        torch.nn.init.zeros_(decoder.pred.bias)
+    _, batches = reconstruct.held_out(preset.model_copy(update={"model": config}), str(data))
+    errors = reconstruct.held_out_errors(model, batches)
+    guess, _ = reconstruct.GUESSES[norm_pix]
+    images = normalise(torch.cat([batch.images for batch in batches]))
+    if norm_pix:
+        assert errors["block12"] == pytest.approx(errors[guess], rel=1e-5)
+    else:  # the guess knows the image's colour, zeros do not
+        assert errors["block12"] == pytest.approx(images.square().mean().item(), rel=0.05)
+        assert errors[guess] < 0.99 * errors["block12"]
+
+
+def write_metrics(run: Path, rows: list[dict[str, Any]]) -> Path:
+    write_config(load_preset("debug").model_copy(update={"output": str(run)}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def loss_rows(values: list[float | None]) -> list[dict[str, Any]]:
+    return [{"step": n, "losses": {"a": value}} for n, value in enumerate(values, start=1)]
+
+
+def test_losses_command_with_nan(tmp_path: Path, capsys) -> None:
+    values = [4.0, None, 2.0, None, *[2.0] * 16, None, *[1.0] * 9]
+    run = write_metrics(tmp_path, loss_rows(values))
+    main(["analyse", "losses", str(run)])
+    assert "a          3.0000 -> 1.0000  (0.33)" in capsys.readouterr().out
+    content = json.loads((run / "losses.json").read_text())
+    assert content == {"step": 30, "losses": {"a": {"first": 3.0, "last": 1.0}}}
+    write_metrics(tmp_path, loss_rows([1.0, None]))
+    main(["analyse", "losses", str(run)])
+    content = json.loads((run / "losses.json").read_text())
+    assert content == {"step": 2, "losses": {"a": {"first": 1.0, "last": None}}}
+
+
+def test_smoothing_leaves_gaps() -> None:
+    nan = math.nan
+    values = np.array([4.0, 2.0, nan, nan, 6.0, nan, 2.0])
+    expected = [3.0, 2.0, nan, 6.0, 6.0, 2.0]
+    np.testing.assert_allclose(losses.smoothed(values, 2), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 1.001, 1.002], [None, None]])
+def test_losses_picture_of_a_short_run(values: list, tmp_path: Path, monkeypatch) -> None:
+    """Whole steps as ticks, and room above the highest loss."""
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    losses.draw(loss_rows(values), tmp_path / "losses.png")
+    axes = pyplot.gcf().axes[0]
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+    if values[0]:
+        assert axes.get_ylim()[1] > 1.03 * values[-1]
+        assert axes.lines[0].get_marker() == "."
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("rows", [[], None])
+def test_no_steps_yet(rows: list | None, tmp_path: Path, capsys) -> None:
+    write_metrics(tmp_path, rows or [])
+    if rows is None:
+        (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(["analyse", "losses", str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: has no steps yet; train first\n"
+
+
 CASES = {
     "no images": (["attention", "RUN", "--images", "0"], "images=0: must be positive"),
     "too few": (["cka", "RUN", "--images", "3"], "3 held-out images; cka needs 4"),
     "no run": (["cka", "RUN", "--run2", "nowhere"], "nowhere: is no run"),
+    "output": (["attention", "RUN", "--output", "RUN/config.json"], "cannot be written"),
+    "json": (["cka", "RUN", "--json", "/proc/nowhere/x"], "json=/proc/nowhere/x: cannot be"),
+    "pictures": (["reconstruct", "RUN", "--output", "/proc/nowhere"], "output=/proc/nowhere/rec"),
     "no val": (["attention", "RUN", "--data", "RUN"], "has no held-out part"),
 }  # fmt: skip
 

@@ -134,6 +134,7 @@ CASES = {
     "empty val": ("knn", [], _remove("val/red", "val/green"), "val: no images"),
     "large k": ("knn", ["--k", "19"], _remove(), "k=19: must be from 1 to the 18 training images"),
     "no k": ("knn", ["--k", "0"], _remove(), "k=0: must be from 1"),
+    "json": ("knn", ["--json", "/proc/nowhere/x"], _remove(), "json=/proc/nowhere/x: cannot be"),
     "unknown pool": ("knn", ["--pool", "max"], _remove(), "invalid choice 'max'"),
     "few images": ("linear", [], lambda data: [
         (data / f"train/red/{n}.png").unlink() for n in (0, 1)], "4 training images of class red"),
@@ -151,3 +152,11 @@ def test_mistakes(name: str, data: Path, finished_run, tmp_path: Path, capsys) -
     message = capsys.readouterr().err
     assert (stop.value.code, message.count("\n")) == (2, 1)
     assert expected in message
+
+
+def test_digits_checks_its_output_first(finished_run, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "digits", str(finished_run("quickstart")), "--json", "/proc/nowhere/x"])
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out) == (2, "")
+    assert "json=/proc/nowhere/x: cannot be written" in captured.err

@@ -165,6 +165,7 @@ CASES = {
     "unknown format": (["RUN", "--output", "x.safetensors", "--format", "onnx"],
                        "invalid choice 'onnx'"),
     "no file": (["RUN", "--output", "x"], "output=x: must be a file that ends in .safetensors"),
+    "not writable": (["RUN", "--output", "/proc/nowhere/x.safetensors"], "cannot be written"),
     "exists": (["RUN", "--output", "old.safetensors"], "output=old.safetensors: exists; delete it"),
     "hf file": (["RUN", "--output", "x.safetensors", "--format", "hf"], "name the file so"),
     "hf beside a run": (["RUN", "--output", "RUN/model.safetensors", "--format", "hf"],
