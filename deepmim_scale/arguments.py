@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -34,15 +34,34 @@ def _parser_message(output: str) -> str:
             body.append(line.strip("|\u2502 "))
     text = re.sub(r"\s+", " ", " ".join(body)).strip()
     ours = re.search(r"Value error, (.*?) \[type=value_error", text)  # raised by a config's check
-    return ours[1] if ours else text.removeprefix("Error parsing ")
+    # A message of ours that begins with key=value needs no flag before it.
+    return ours[1] if ours else re.sub(r"^Error parsing (--[\w-]+: (?=\w+=))?", "", text)
 
 
-def _flags(config_class: type[Frozen]) -> list[str]:
-    names = list(config_class.model_fields)
-    for field in config_class.model_fields.values():
+def _flags(config_class: type[Frozen]) -> dict[str, bool]:
+    """Every flag there is, and whether it is a switch, which takes no value."""
+    flags: dict[str, bool] = {}
+    for name, field in config_class.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Frozen):
-            names += _flags(field.annotation)
-    return [f"--{name.strip('-').replace('_', '-')}" for name in names]
+            flags |= _flags(field.annotation)
+        else:
+            word = name.replace("_", "-")
+            flags |= {f"--{word}": field.annotation is bool}
+            flags |= {f"--no-{word}": True} if field.annotation is bool else {}
+    return flags
+
+
+def _refuse(word: str, argv: Sequence[str], flags: dict[str, bool], prog: str) -> NoReturn:
+    """ConfigError for a word that no flag takes."""
+    words = [part for given in argv for part in given.split("=", 1)]
+    before = words[max(words.index(word) - 1, 0)].replace("_", "-") if word in words else ""
+    if flags.get(before) and not word.startswith("-"):
+        name = before.removeprefix("--no-").removeprefix("--")
+        raise ConfigError(f"{before}={word}: takes no value; use --{name} or --no-{name}")
+    flag = word.split("=")[0].replace("_", "-")
+    near = difflib.get_close_matches(flag, flags, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
+    raise ConfigError(f"{word}: unknown flag; {hint}")
 
 
 def parse(
@@ -69,22 +88,22 @@ def parse(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if unknown:
-        flag = unknown[0].split("=")[0].replace("_", "-")
-        near = difflib.get_close_matches(flag, _flags(config_class), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
-        raise ConfigError(f"{unknown[0]}: unknown flag; {hint}")
+        _refuse(unknown[0], argv, _flags(config_class), prog)
     return config
 
 
-def read_json(path: str) -> Any:
-    """The content of a JSON file; ConfigError with line and column."""
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a JSON file; ConfigError with line and column."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise ConfigError(f"{path}: no valid JSON at {where}: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f'{path}: must hold a JSON object, as {{"key": value}}')
+    return content
 
 
 def writable(key: str, path: str | Path) -> Path:
@@ -112,14 +131,23 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
     helping = any(word in ("-h", "--help") for word in rest)
+    words = {word.split("=")[0].replace("_", "-") for word in rest}
+    if start.config and start.preset:
+        raise ConfigError(
+            f"config={start.config}: is a whole run and takes no preset={start.preset}; "
+            "give one of the two"
+        )
     if start.config:
         saved = read_json(start.config)
         default = validated(lambda: RunConfig.model_validate(saved))
     elif start.preset or helping:
         default = load_preset(start.preset or "quickstart")
     else:
+        flags = _flags(RunConfig) | {"--config": False}
+        for word in rest:
+            if word.startswith("--") and word.split("=")[0].replace("_", "-") not in flags:
+                _refuse(word, rest, flags, prog)
         raise ConfigError(f"preset: missing; give --preset with one of {', '.join(PRESETS)}")
-    words = {word.split("=")[0].replace("_", "-") for word in rest}
     if "--microbatches" in words and "--global-batch" not in words:
         default = default.model_copy(update={"global_batch": None})
     if "--epochs" in words and "--steps" not in words:
@@ -133,13 +161,14 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
 
 
 def difference(config: RunConfig) -> list[str]:
-    """What differs from the run's preset, as `key=value` words."""
+    """What was set beside the run's preset, as `key=value` words."""
 
     def flat(values: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key != "model"} | values["model"]
 
-    ours, base = flat(config.model_dump()), flat(load_preset(config.preset).model_dump())
-    return [f"{key}={value}" for key, value in ours.items() if value != base[key]]
+    start = load_preset(config.preset) if config.preset else RunConfig()
+    ours, base = flat(config.model_dump()), flat(start.model_dump())
+    return [f"{key}={value}" for key, value in ours.items() if value not in (None, base[key])]
 
 
 def is_speaker() -> bool:

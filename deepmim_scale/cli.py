@@ -39,16 +39,21 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }  # fmt: skip
 
 
-def _overview() -> str:
-    lines = [f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)"]
-    lines += [f"  {words:22s}{command[3]}" for words, command in COMMANDS.items()]
-    commands = "\n".join(lines)
-    return f"usage: deepmim-scale COMMAND [OPTIONS]\n\n{commands}\n\nEvery command has --help."
+def _overview(group: str = "") -> str:
+    lines = [f"  {words:22s}{command[3]}" for words, command in COMMANDS.items()
+             if not group or words.split()[0] == group]  # fmt: skip
+    if not group:
+        lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
+    usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
+    return "\n".join([usage, "", *lines, "", "Every command has --help."])
 
 
 def _dispatch(argv: Sequence[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
+    groups = {words.split()[0] for words in COMMANDS if " " in words}
+    group = argv[0] if argv and argv[0] in groups else ""
+    rest = argv[1:] if group else argv
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_overview(group))
         return
     for words, (module, arguments, function, _) in COMMANDS.items():
         length = len(words.split())
@@ -57,7 +62,8 @@ def _dispatch(argv: Sequence[str]) -> None:
             given = parse(getattr(code, arguments), argv[length:], prog=f"deepmim-scale {words}")
             getattr(code, function)(given)
             return
-    raise ConfigError(f"{' '.join(argv[:2])}: unknown command; see deepmim-scale --help")
+    see = f"deepmim-scale {group}".strip()
+    raise ConfigError(f"{' '.join(argv[:2])}: unknown command; see {see} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,9 @@ Legend: B micro-batch, M micro-batches per step, D replicas (data parallel), G =
 
 from __future__ import annotations
 
+import math
+import operator
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -14,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 NUM_EVEN_TAPS = 4
 # Taps that are still to be spread: a negative count.
 UNSET_TAPS = (-NUM_EVEN_TAPS,)
+_TAPS_RULE = "must be even, even:N (N from 1) or numbers as 6,8,10,12"
 
 
 class ConfigError(ValueError):
@@ -33,12 +37,13 @@ def even_alphas(num_taps: int) -> tuple[float, ...]:
 def _taps_from_words(words: list[str]) -> tuple[int, ...]:
     # `even` cannot be spread before the depth is known: it travels as a negative count.
     text = ",".join(words)
+    even = re.fullmatch("even(:([1-9][0-9]*))?", text)
+    if even:
+        return (-int(even[2] or NUM_EVEN_TAPS),)
     try:
-        if text.startswith("even"):
-            return (-int(text.removeprefix("even").removeprefix(":") or NUM_EVEN_TAPS),)
         return tuple(int(number) for number in text.replace(",", " ").split())
     except ValueError:
-        raise ValueError(f"taps={text}: must be even, even:N or numbers as 6,8,10,12") from None
+        raise ValueError(f"taps={text}: {_TAPS_RULE}") from None
 
 
 Taps = Annotated[
@@ -66,9 +71,16 @@ def _divides(key: str, value: int, name: str, divisor: int) -> None:
 
 
 class Frozen(BaseModel):
-    """Base of all settings: immutable, unknown keys refused."""
+    """Base of all settings: immutable, finite, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _finite(cls, value: Any, info: Any) -> Any:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _require(finite, info.field_name, value, "must be finite")
+        return value
 
 
 class ModelConfig(Frozen):
@@ -121,15 +133,22 @@ class ModelConfig(Frozen):
             return (1,)  # another key is wrong already and is reported first
         if isinstance(value, str):
             value = _taps_from_words([value])
-        value, depth = tuple(value), data["depth"]
+        try:
+            value, depth = tuple(map(operator.index, value)), data["depth"]
+        except TypeError:
+            raise ValueError(f"taps={value}: {_TAPS_RULE}") from None
         even = len(value) == 1 and value[0] < 0
         expected: tuple[int, ...]
         if data["method"] == "mae":
             expected, rule = (depth,), "mae has one decoder, after the last block"
         elif data["method"] == "mirl":
             expected, rule = even_taps(depth, data["num_segments"]), "mirl taps end its segments"
+        elif not even:
+            return value
         else:
-            return even_taps(depth, -value[0]) if even else value
+            _require(-value[0] <= depth, "taps", f"even:{-value[0]}",
+                     f"more decoders than blocks; use at most even:{depth} (depth)")  # fmt: skip
+            return even_taps(depth, -value[0])
         if not even and value != expected:
             raise ValueError(f"taps={value}: {rule}: use {expected} or leave taps out")
         return expected
@@ -146,6 +165,8 @@ class ModelConfig(Frozen):
                  self.decoder_num_heads)  # fmt: skip
         for key in ("embed_dim", "decoder_embed_dim"):
             _divides(key, getattr(self, key), "the position table's 4 parts", 4)
+        _require(min(self.embed_dim, self.decoder_embed_dim) * self.mlp_ratio >= 1, "mlp_ratio",
+                 self.mlp_ratio, "leaves an MLP without hidden units; papers use 4")  # fmt: skip
         taps = ",".join(map(str, self.taps))
         increasing = all(a < b for a, b in zip(self.taps, self.taps[1:], strict=False))
         _require(bool(self.taps) and self.taps[0] >= 1 and increasing, "taps", taps,
@@ -286,9 +307,9 @@ class RunConfig(Frozen):
     print_every: int = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"
-    """auto: go on where this run stopped; never: start afresh; required: fail without one."""
+    """auto: go on where this run stopped; never: only in an empty folder; required: only so."""
     profile: bool = False
-    """Write a torch.profiler trace of steps 10 to 12 to the run's folder."""
+    """Write a torch.profiler trace of steps 11 to 13 to the run's folder."""
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -298,9 +319,12 @@ class RunConfig(Frozen):
         for key in ("steps", "microbatches", "global_batch"):
             value = getattr(self, key)
             _require(value is None or value > 0, key, value, "must be positive")
-        for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every", "seed",
+        for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every",
                     "check_feed", "reschedule_after", "save_every"):  # fmt: skip
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
+        _require(self.model.in_chans == 3, "in_chans", self.model.in_chans,
+                 "images are read as RGB; leave it at 3")  # fmt: skip
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
         _require(not (self.compile and self.schedule == "dib_w"), "compile", True,
@@ -310,6 +334,11 @@ class RunConfig(Frozen):
                  "need a run of method mae; give --hybrid RUN")  # fmt: skip
         _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "must lie in (0, 1]")
         return self
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, as `1 replica`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def validated(build: Callable[[], Any]) -> Any:

@@ -7,12 +7,13 @@ here, before any process group starts. Only keys that act on this toolkit's engi
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from deepmim_scale.arguments import read_json
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import ConfigError, RunConfig, count
 
 Precision = Literal["fp32", "bfloat16", "float16", "pure_bfloat16", "pure_float16"]
 """bfloat16, float16: autocast over fp32 weights, as in the papers; pure_: 16-bit weights too, with
@@ -22,18 +23,16 @@ fp32 masters in the optimizer: the least memory, and rounded gradients."""
 BUCKET_ELEMENTS = 25_000_000
 
 _NUMBER = (int, float)
+_POSITIVE = {"steps_per_print", "reduce_bucket_size", "allgather_bucket_size", "loss_scale_window"}
+_DTYPES = ("fp16", "bf16", "fp32")
 _LOSS_SCALE = {"initial_scale_power": int, "loss_scale_window": int, "min_loss_scale": _NUMBER}
 _SCHEMA: dict[str, Any] = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
     "gradient_accumulation_steps": int,
     "gradient_clipping": _NUMBER,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": _NUMBER,
     "communication_data_type": str,
-    "seq_parallel_communication_data_type": str,
     "steps_per_print": int,
-    "wall_clock_breakdown": bool,
     "memory_breakdown": bool,
     "dump_state": bool,
     "zero_optimization": {
@@ -64,6 +63,10 @@ _ELSEWHERE = {
     "scheduler": "the schedule is MAE's; set --blr and --warmup-epochs instead",
     "amp": "use torch_autocast",
     "pipeline": "stages are set on the command line",
+    "wall_clock_breakdown": "DeepSpeed's timers need its own loop; use --profile",
+    "prescale_gradients": "ZeRO-2 averages gradients as it reduces them; leave it out",
+    "gradient_predivide_factor": "ZeRO-2 averages gradients as it reduces them; leave it out",
+    "seq_parallel_communication_data_type": "sequences are not split; set communication_data_type",
 }
 
 
@@ -81,10 +84,9 @@ class BatchSizes:
         return self.microbatch_size * self.microbatches * self.num_replicas
 
     def __str__(self) -> str:
-        return (
-            f"{self.global_batch} = {self.microbatch_size} x {self.microbatches} micro-batches "
-            f"x {self.num_replicas} replicas"
-        )
+        microbatches = count(self.microbatches, "micro-batch", "micro-batches")
+        replicas = count(self.num_replicas, "replica")
+        return f"{self.global_batch} = {self.microbatch_size} x {microbatches} x {replicas}"
 
 
 def resolve_batch(config: RunConfig, num_replicas: int) -> BatchSizes:
@@ -111,8 +113,6 @@ def resolve_batch(config: RunConfig, num_replicas: int) -> BatchSizes:
 def load_ds_config(path: str) -> dict[str, Any]:
     """The checked JSON of a DeepSpeed configuration; values may still be "auto"."""
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, as ds_configs/cpu_fp32.json does")
     _check(path, content, _SCHEMA, "")
     stage = content.get("zero_optimization", {}).get("stage")
     if stage != 2:
@@ -140,6 +140,10 @@ def _check(path: str, content: dict[str, Any], schema: dict[str, Any], prefix: s
         ):
             wanted = "a number" if kind is _NUMBER else f"of type {kind.__name__}"
             raise ConfigError(f'{path}: {name}={value!r}: must be {wanted} or "auto"')
+        elif key in _POSITIVE and value != "auto" and not 1 <= value < math.inf:
+            raise ConfigError(f"{path}: {name}={value}: must be at least 1 and finite")
+        elif key == "communication_data_type" and value not in (*_DTYPES, "auto"):
+            raise ConfigError(f"{path}: {name}={value!r}: must be one of {', '.join(_DTYPES)}")
 
 
 def precision_of(content: dict[str, Any], path: str = "deepspeed_config") -> Precision:

@@ -36,11 +36,23 @@ class Model(Stage):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, 1, config.depth)
 
-    def masking(self, images: Tensor, noise: Tensor | None) -> Masking:
-        """Masking of noise [B, L]; fresh noise where none is given."""
+    def masking(
+        self, images: Tensor, noise: Tensor | None, teacher: Tensor | None = None
+    ) -> Masking:
+        """Masking of noise [B, L]; fresh noise where none is given.
+
+        ValueError if noise or teacher does not fit the images.
+        """
+        size, length, visible = len(images), self.config.num_patches, self.config.num_visible
         if noise is None:
-            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
-        return masking_from_noise(noise, self.config.num_visible)
+            noise = torch.rand(size, length, device=images.device)
+        _expect("noise", noise, "[B, L]", (size, length))
+        if teacher is not None:
+            features = self.config.loss == "cosine"
+            legend, tokens = ("L+1", length + 1) if features else ("L-K", length - visible)
+            shape = (size, tokens, self.config.out_dim)
+            _expect("teacher", teacher, f"[B, {legend}, P]", shape)
+        return masking_from_noise(noise, visible)
 
     def forward(
         self,
@@ -54,7 +66,7 @@ class Model(Stage):
 
         `predictions` also returns every decoder's predictions, from full last blocks.
         """
-        masking = self.masking(images, noise)
+        masking = self.masking(images, noise, teacher)
         inputs: dict[str, State] = {}
 
         def tap(name: str, tensors: State) -> State:
@@ -82,6 +94,11 @@ class Model(Stage):
         return torch.stack([loss * weight for loss in losses.values()]).sum()
 
 
+def _expect(name: str, tensor: Tensor, legend: str, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}; must be {legend}={list(shape)}")
+
+
 def local_backward(
     model: Model,
     images: Tensor,
@@ -97,7 +114,7 @@ def local_backward(
     gradients equal `model(...).loss.backward()` bit for bit. `backward` is called with scalars
     (`engine.backward` under DeepSpeed).
     """
-    masking = model.masking(images, noise)
+    masking = model.masking(images, noise, teacher)
     leaves: dict[str, list[Leaf]] = {}
 
     def tap(name: str, tensors: State) -> State:
@@ -122,15 +139,15 @@ def local_backward(
 
 
 def build_model(
-    config: ModelConfig | Callable[[], RunConfig], *, seed: int = 0, device: str = "cpu"
+    config: ModelConfig | RunConfig | Callable[[], RunConfig], *, seed: int = 0, device: str = "cpu"
 ) -> Model:
-    """The whole model of a ModelConfig or of a preset function, initialised as MAE from `seed`.
+    """The whole model of a config or of a preset function, initialised as MAE from `seed`.
 
     `device="meta"` builds it without memory.
     """
-    if not isinstance(config, ModelConfig):
-        config = config().model
+    if callable(config):
+        config = config()
     with torch.device(device):
-        model = Model(config)
+        model = Model(config.model if isinstance(config, RunConfig) else config)
     initialise(model, seed)
     return model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.arguments import difference
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import ConfigError, RunConfig, count, num_steps
 from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.ds_config import (
@@ -26,12 +26,17 @@ from deepmim_scale.train.teachers import build_teacher, check_teacher
 if TYPE_CHECKING:
     from torch import nn
 
+# The trainer's profiler schedule, in steps.
+PROFILED = (11, 13)
+
 
 @dataclass(frozen=True)
 class Task:
     """A run that has passed every check."""
 
     config: RunConfig
+    changes: list[str]
+    """What was set beside the preset, as words."""
     ds_config: dict[str, Any]
     filled_in: list[str]
     """What replaced "auto" in DeepSpeed's JSON, as words."""
@@ -54,9 +59,10 @@ def prepare(config: RunConfig) -> Task:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.stages:
         raise ConfigError(
-            f"stages={config.stages}: must divide the {world} processes; "
+            f"stages={config.stages}: must divide the {count(world, 'process', 'processes')}; "
             "change --stages or the launcher's number of processes"
         )
+    changes = difference(config)
     config = check_teacher(config)
     batch = resolve_batch(config, num_replicas=world // config.stages)
     pipeline = training_plan(config, batch.microbatches)
@@ -70,6 +76,7 @@ def prepare(config: RunConfig) -> Task:
     train = open_manifest(train_folder, config.on_bad)
     held_out = open_manifest(held_out_folder, config.on_bad) if held_out_folder else None
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
+    _check_length(config, samples.steps_per_epoch)
 
     given = given or load_ds_config(bundled(_default_ds_config()))
     _check_machine(config, given)
@@ -77,8 +84,23 @@ def prepare(config: RunConfig) -> Task:
     # On every rank, so that a mistake is told before any rank waits for another.
     teacher = build_teacher(config)
     return Task(
-        config, ds_config, filled_in, batch, samples, pipeline, train, held_out, may_resume, teacher
-    )
+        config, changes, ds_config, filled_in, batch, samples, pipeline, train, held_out,
+        may_resume, teacher,
+    )  # fmt: skip
+
+
+def _check_length(config: RunConfig, steps_per_epoch: int) -> None:
+    steps = num_steps(config, steps_per_epoch)
+    if steps == 0:
+        raise ConfigError(
+            f"epochs={config.epochs:g}: less than a step, an epoch has "
+            f"{count(steps_per_epoch, 'step')}; raise --epochs or give --steps"
+        )
+    if config.profile and steps < PROFILED[1]:
+        raise ConfigError(
+            f"profile=True: traces steps {PROFILED[0]} to {PROFILED[1]}, the run has "
+            f"{count(steps, 'step')}; give more --steps or leave --profile out"
+        )
 
 
 def _default_ds_config() -> str:
@@ -111,7 +133,7 @@ def _check_machine(config: RunConfig, ds_config: dict[str, Any]) -> None:
 def describe(task: Task) -> Iterator[str]:
     """What a run prints at its start, line by line."""
     config, batch = task.config, task.batch
-    yield f"preset {config.preset}: {' '.join(difference(config)) or 'unchanged'}"
+    yield f"preset {config.preset or 'none'}: {' '.join(task.changes) or 'unchanged'}"
     held_out = f"; held out {len(task.held_out)}" if task.held_out else ""
     yield f"data: {task.train.describe()}{held_out}"
     for note in (*task.train.notes, *(task.held_out.notes if task.held_out else ())):

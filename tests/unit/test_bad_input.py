@@ -12,6 +12,10 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
+from deepmim_scale.arguments import parse_run
+from deepmim_scale.cli import main as deepmim_scale
+from deepmim_scale.config import RunConfig
+from deepmim_scale.train.prepare import describe, prepare
 from deepmim_scale.train.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +56,33 @@ CASES = {
     "negative": (["--blr", "-1"], "blr=-1.0: must not be negative"),
     "resume": (["--resume", "required"], "resume=required:"),
     "no apex": (["--optimizer", "apex"], "optimizer=apex: NVIDIA apex is not installed"),
-    "missing config": (["--config", "nowhere.json"], "nowhere.json: cannot be read"),
+    "config and preset": (["--config", "run.json"],
+        "config=run.json: is a whole run and takes no preset=debug; give one of the two"),
+    "infinite rate": (["--blr", "inf"], "error: blr=inf: must be finite"),
+    "infinite length": (["--epochs", "inf"], "error: epochs=inf: must be finite"),
+    "infinite wait": (["--timeout", "inf"], "error: timeout=inf: must be finite"),
+    "infinite warm-up": (["--warmup-epochs", "inf"], "error: warmup_epochs=inf: must be finite"),
+    "no ratio": (["--mask-ratio", "nan"], "error: mask_ratio=nan: must be finite"),
+    "negative seed": (["--seed", "-1"], "seed=-1: must lie in [0, 2**31)"),
+    "large seed": (["--seed", str(2**31)], "seed=2147483648: must lie in [0, 2**31)"),
+    # int(64 * 0.02) = 1 in the encoder, int(32 * 0.02) = 0 in a decoder
+    "thin MLP": (["--mlp-ratio", "0.02"], "mlp_ratio=0.02: leaves an MLP without hidden units"),
+    "negative MLP": (["--mlp-ratio", "-4"], "mlp_ratio=-4.0: leaves an MLP without hidden units"),
+    "grey images": (["--in-chans", "1"], "in_chans=1: images are read as RGB; leave it at 3"),
+    "no step": (["--epochs", "0.001"],
+        "epochs=0.001: less than a step, an epoch has 2 steps; raise --epochs or give --steps"),
+    "short profile": (["--profile", "--steps", "12"],
+        "profile=True: traces steps 11 to 13, the run has 12 steps; give more --steps or leave"),
+    "depth alone": (["--depth", "24"],
+        "taps=3,6,9,12: must end at block 24 (depth), so that every block is trained; "
+        "use --taps even"),
+    "no decoder": (["--taps", "even:0"], "error: taps=even:0: must be even, even:N (N from 1) or"),
+    "too many decoders": (["--taps", "even:13"],
+        "taps=even:13: more decoders than blocks; use at most even:12 (depth)"),
+    "switch with =": (["--norm-pix=false"],
+        "--norm-pix=false: takes no value; use --norm-pix or --no-norm-pix"),
+    "switch with a word": (["--norm_pix", "False"],
+        "--norm-pix=False: takes no value; use --norm-pix or --no-norm-pix"),
 }  # fmt: skip
 
 
@@ -78,6 +108,52 @@ def test_bfloat16_runs_on_a_cpu(data: Path, tmp_path: Path) -> None:
 
 def test_no_preset(capsys) -> None:
     assert "preset: missing; give --preset with one of quickstart" in error_of([], capsys)
+    assert "preset: missing" in error_of(["--no-norm-pix", "--prefetch", "3"], capsys)
+    for words, near in ((["--presett", "debug"], "preset"), (["--confg=run.json"], "config")):
+        assert f"{words[0]}: unknown flag; did you mean --{near}?" in error_of(words, capsys)
+
+
+def test_config_file(tmp_path: Path, capsys) -> None:
+    assert "nowhere.json: cannot be read" in error_of(["--config", "nowhere.json"], capsys)
+    path = tmp_path / "run.json"
+    path.write_text("[1]")
+    assert f"{path}: must hold a JSON object" in error_of(["--config", str(path)], capsys)
+    path.write_text('{"blr": Infinity}')
+    assert "error: blr=inf: must be finite" in error_of(["--config", str(path)], capsys)
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], ["preset debug: data=DATA output=RUN steps=1", "8 = 8 x 1 micro-batch x 1 replica; lr"]),
+    (["--microbatches", "2"], ["preset debug: data=DATA output=RUN steps=1 microbatches=2",
+                               "16 = 8 x 2 micro-batches x 1 replica; lr"]),
+])  # fmt: skip
+def test_start_says_what_was_set(
+    words: list[str], expected: list[str], data: Path, tmp_path: Path
+) -> None:
+    base = ["--preset", "debug", "--data", str(data), "--output", str(tmp_path), "--steps", "1"]
+    lines = list(describe(prepare(parse_run([*base, *words], prog="pretrain"))))
+    assert lines[0].replace(str(data), "DATA").replace(str(tmp_path), "RUN") == expected[0]
+    assert any(line.startswith(expected[1]) for line in lines)
+
+
+def test_a_run_needs_no_preset(data: Path, tmp_path: Path) -> None:
+    config = RunConfig(data=str(data), output=str(tmp_path), steps=1, global_batch=16,
+                       microbatch_size=16)  # fmt: skip
+    assert next(describe(prepare(config))).startswith("preset none: data=")
+
+
+def test_help_of_a_group(capsys) -> None:
+    for words in (["data", "--help"], ["data", "-h"], ["data"]):
+        deepmim_scale(words)
+        out = capsys.readouterr().out
+        assert "data scan " in out
+        assert "evaluate" not in out
+    with pytest.raises(SystemExit) as stop:
+        deepmim_scale(["data", "scna"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: data scna: unknown command; see deepmim-scale data --help\n"
+    )
 
 
 def test_data_folder(tmp_path: Path, capsys) -> None:
@@ -116,6 +192,24 @@ JSONS = {
                   "gradient_accumulation_steps=7: the command line gives 1"),
     "fp16 on a CPU": ({"torch_autocast": {"enabled": True, "dtype": "float16"},
                        "zero_optimization": {"stage": 2}}, "float16 needs a GPU"),
+    "list": ("[]", "must hold a JSON object"),
+    **{
+        key: ({key: value, "zero_optimization": {"stage": 2}}, f"{key}: not taken from this file")
+        for key, value in (
+            ("wall_clock_breakdown", True),
+            ("prescale_gradients", True),
+            ("gradient_predivide_factor", 2.0),
+            ("seq_parallel_communication_data_type", "fp32"),
+        )
+    },
+    "no such type": ({"communication_data_type": "int8", "zero_optimization": {"stage": 2}},
+                     "communication_data_type='int8': must be one of fp16, bf16, fp32"),
+    "no printing": ({"steps_per_print": 0, "zero_optimization": {"stage": 2}},
+                    "steps_per_print=0: must be at least 1"),
+    "no bucket": ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
+                  "zero_optimization.reduce_bucket_size=0: must be at least 1"),
+    "endless bucket": ({"zero_optimization": {"stage": 2, "allgather_bucket_size": float("inf")}},
+                       "zero_optimization.allgather_bucket_size=inf: must be at least 1"),
     "dtype": ({"torch_autocast": {"enabled": True, "dtype": "fp16"},
                "zero_optimization": {"stage": 2}}, "must be bfloat16 or float16"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ CASES = {
         "stages=3: must divide the 4 processes; change --stages or the launcher's number"),
     "more stages than processes": (2, (*DEEPMIM, "--stages", "4"),
         "stages=4: must divide the 2 processes; change --stages"),
-    "stages without a launcher": (None, TWO, "stages=2: must divide the 1 processes"),
+    "stages without a launcher": (None, TWO, "stages=2: must divide the 1 process;"),
     "no stages": (1, (*DEEPMIM, "--stages", "0"), "stages=0: must be positive"),
     "deeper than the model": (13, (*DEEPMIM, "--stages", "13"),
         "stages=13: deepmim with placement=linear and depth=12 can be cut into 1 to 12 stages"),

@@ -102,6 +102,32 @@ def test_cosine_needs_a_teacher() -> None:
     assert 0 < out.losses["block12"].item() < 4
 
 
+@pytest.mark.parametrize("run", [lambda m, **kw: m(**kw), local_backward])
+def test_shapes_are_checked(run) -> None:
+    config = debug().model.model_copy(update={"loss": "cosine", "teacher_dim": 20})
+    model, inputs = build_model(config), batch(config)
+    with pytest.raises(ValueError, match=r"noise: has shape \[64\]; must be \[B, L\]=\[3, 64\]"):
+        run(model, **(inputs | {"noise": torch.rand(64)}))
+    expected = r"teacher: has shape \[3, 64, 20\]; must be \[B, L\+1, P\]=\[3, 65, 20\]"
+    with pytest.raises(ValueError, match=expected):
+        run(model, **inputs, teacher=torch.randn(3, 64, 20))
+    hybrid = build_model(debug().model.model_copy(update={"hybrid_alphas": (0.0, 0.5, 1.0, 1.0)}))
+    expected = r"teacher: has shape \[3, 64, 192\]; must be \[B, L-K, P\]=\[3, 48, 192\]"
+    with pytest.raises(ValueError, match=expected):
+        run(hybrid, **inputs, teacher=torch.randn(3, 64, 192))
+
+
+def test_build_model_takes_configs_and_presets() -> None:
+    for given in (debug, debug(), debug().model):
+        assert build_model(given, device="meta").config == debug().model
+
+
+@pytest.mark.parametrize("taps", [None, 5, ("last",), (6.0, 12.0)])
+def test_taps_that_are_no_numbers(taps) -> None:
+    with pytest.raises(ValueError, match=r"taps=.*: must be even, even:N"):
+        ModelConfig(taps=taps)
+
+
 def test_patchify_round_trip() -> None:
     images = torch.randn(2, 3, 12, 12)
     patches = patchify(images, 4)
