@@ -1,6 +1,8 @@
 """Counts against the official models' parameters and FLOPs, and against hand-made formulas."""
 
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +124,28 @@ def test_activation_bytes_under_autocast(queries):
     measured = (saved_bytes(3) - saved_bytes(1)) / 2
     counted = costs.block_cost(width, 4.0, tokens, queries).activation_bytes
     assert counted == pytest.approx(measured, rel=0.02)
+
+
+def test_memory_of_a_model_under_autocast():
+    """Local backward of 4 blocks and a decoder; CPU gathers keep more than the GPU's kernels."""
+    torch = pytest.importorskip("torch")
+    from deepmim_scale.models import build_model, local_backward
+    from deepmim_scale.plan.estimate import layout_of, memory_of
+
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "saved_activations.py"
+    peak_saved_bytes = runpy.run_path(str(path))["peak_saved_bytes"]
+    config = model("deepmim_vit_b_12", depth=4, taps=(4,))
+    network = build_model(config)
+
+    def step(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            images = torch.randn(batch, 3, config.img_size, config.img_size)
+            local_backward(network, images, noise=torch.rand(batch, config.num_patches))
+        network.zero_grad()
+
+    small, large = (peak_saved_bytes(network, lambda b=b: step(b)) for b in (1, 2))
+    memory = memory_of(config, layout_of(config, 1), 1)[0]
+    assert memory.encoder + memory.largest_decoder == pytest.approx(large - small, rel=0.06)
 
 
 def test_teacher():

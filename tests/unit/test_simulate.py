@@ -179,3 +179,4 @@ def test_many_microbatches_are_planned_quickly(name, monkeypatch):
     monkeypatch.setattr(generate, "SEARCHED_MICROBATCHES", 10)
     best = built(name, *zip(*stages, strict=True), 40)
     assert quick.timeline.makespan <= 1.01 * best.timeline.makespan
+    assert max(quick.peaks) <= max(built("1f1b", *zip(*stages, strict=True), 40).peaks)
