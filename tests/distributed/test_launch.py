@@ -132,13 +132,30 @@ def test_damaged_checkpoint_is_passed_over(photos: str, tmp_path: Path) -> None:
     words = ["--preset", "debug_mae", "--save-every", "2", "--validate-every", "0",
              "--data", photos, "--output", str(run)]  # fmt: skip
     finished("python", *words, "--steps", "4")
-    newest = files.step_folder(run, 4) / "weights_stage00.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
+    newest = damage(files.step_folder(run, 4))
     done = finished("python", *words, "--steps", "4")
     assert f"warning: {newest}: damaged" in done.stdout
     assert "resuming after step 2" in done.stdout
+    other = pretrain("python", *words, "--steps", "4", "--deepspeed_config",
+                     str(ROOT / "ds_configs" / "a100_bf16.json"))  # fmt: skip
+    assert other.returncode == 2
+    assert "precision bfloat16, but this run began with fp32" in other.stderr
+    rows = read_metrics(run)
+    for step in (2, 4):
+        damage(files.step_folder(run, step))
+    lost = pretrain("python", *words, "--steps", "4")
+    assert lost.returncode == 2
+    assert f"output={run}: no checkpoint is intact ({newest}: damaged" in lost.stderr
+    assert read_metrics(run) == rows, "a refused start changes nothing"
+
+
+def damage(checkpoint: Path) -> Path:
+    """Flip one bit of its weights."""
+    file = checkpoint / "weights_stage00.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return file
 
 
 def test_profile_writes_a_trace(photos: str, tmp_path: Path) -> None:

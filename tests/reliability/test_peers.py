@@ -25,6 +25,22 @@ from deepmim_scale.data.samples import write_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD, TIMEOUT, GRACE = 4, 6.0, 5.0
+RUN = "import sys; from deepmim_scale.train.pretrain import main; main(sys.argv[1:])"
+# Rank 1 fails in its fifth forward, not with one of torch's RuntimeErrors.
+PLANTED = """
+import os
+from deepmim_scale.parallel.executor import Executor
+
+forward, calls = Executor._forward, []
+
+def fail(self, step):
+    calls.append(step)
+    if os.environ["RANK"] == "1" and len(calls) == 5:
+        raise KeyError("planted")
+    forward(self, step)
+
+Executor._forward = fail
+"""
 LAST_LINE = re.compile(
     r"error: rank (?P<rank>\d), stage (?P<stage>\d), micro-batch [01], instruction [a-z_]+"
     r"( \w+ \(peer: stage \d\))?, in \w+\.\w+: .*(Timed out|Connection|Broken pipe).*"
@@ -44,11 +60,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(folder: Path, *words: str, world: int = WORLD) -> list[subprocess.Popen[bytes]]:
+def start(
+    folder: Path, *words: str, world: int = WORLD, before: str = ""
+) -> list[subprocess.Popen[bytes]]:
     """Ranks of a run without end; what they say is in folder/RANK.stderr."""
     launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
               "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    command = [sys.executable, "launcher/pretrain.py", "--preset", "debug", "--output",
+    command = [sys.executable, "-c", before + RUN, "--preset", "debug", "--output",
                str(folder / "run"), "--steps", "1000000", "--warmup-epochs", "0",
                "--microbatches", "2", "--microbatch-size", "2", "--validate-every", "0",
                "--timeout", str(TIMEOUT), *words]  # fmt: skip
@@ -116,6 +134,21 @@ def test_a_rank_that_dies(photos: str, tmp_path: Path) -> None:
     with training(photos, tmp_path, "--stages", "4") as processes:
         seconds = check_survivors(processes, 1, signal.SIGKILL, tmp_path, stages=4)
     assert seconds < TIMEOUT, "nobody waits for a rank that is known to be gone"
+
+
+def test_a_rank_with_an_error_of_its_own(photos: str, tmp_path: Path) -> None:
+    """It leaves at once with its own traceback, and reduces no half-finished gradient."""
+    processes = start(tmp_path, "--data", photos, "--stages", "1", world=2, before=PLANTED)
+    assert [process.wait(60) for process in processes] == [1, 1]
+    first, second = said(tmp_path)
+    assert "Traceback" in second
+    assert re.fullmatch(
+        r"error: rank 1, stage 0, micro-batch 0, instruction forward, in executor\.\w+: "
+        r"KeyError: 'planted'", second.splitlines()[-1]
+    ), second  # fmt: skip
+    assert "Connection" in first.splitlines()[-1], first
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2, "two steps of two micro-batches were whole"
 
 
 @pytest.mark.soak
