@@ -147,7 +147,7 @@ def describe(task: Task) -> Iterator[str]:
         idle = task.pipeline.built.timeline.idle_fraction
         yield (
             f"pipeline: {config.stages} stages {task.pipeline.text}, {config.schedule}, "
-            f"{config.placement}, {batch.microbatches} micro-batches; "
+            f"{config.placement}, {count(batch.microbatches, 'micro-batch', 'micro-batches')}; "
             f"simulated idle share {idle:.1%}"
         )
         if batch.microbatches < config.stages:
