@@ -102,5 +102,5 @@ def prediction(args: StudyArguments, job: Job) -> Plan:
     config = job.config
     return predict(
         config.model, args.cluster, config.stages, config.schedule, config.microbatch_size,
-        job.microbatches, config.placement,
+        job.microbatches, config.placement, config.reduction,
     )  # fmt: skip

@@ -40,6 +40,8 @@ def pretrain(config: RunConfig) -> None:
         if isinstance(error, BadImage) and not is_speaker():  # only the rank that decoded it knows
             print(f"error: {error}", file=sys.stderr)
         raise
+    except BrokenPipeError:  # of our own output, not of a peer
+        raise
     except Exception as error:
         failure.leave(error, trainer.executor if trainer else None)
 

@@ -47,7 +47,7 @@ def step_line(row: dict[str, Any], total: int) -> str:
     idle = sum(row["idle_fraction"]) / len(row["idle_fraction"])
     waiting = f" | idle {idle:.0%}" if idle >= 0.01 else ""  # of a pipeline's ranks, measured
     held_out = f" | held out {row['validation_loss']:.4f}" if "validation_loss" in row else ""
-    skipped = " | skipped: gradients overflow" if row["skipped"] else ""
+    skipped = " | skipped: gradients not finite" if row["skipped"] else ""
     return (
         f"step {row['step']}/{total}{skipped} | loss {row['loss']:.4f} ({losses}) | "
         f"grad {row['grad_norm']:.3f} | lr {row['learning_rate']:.2e} | "

@@ -116,7 +116,7 @@ class Trainer:
                     if skipped == MAX_SKIPPED_IN_A_ROW:
                         raise ConfigError(
                             f"blr={config.blr}: {skipped} steps in a row had no finite gradient; "
-                            "go on from an earlier checkpoint with a lower one or --clip-grad"
+                            "start again with a lower one or with --clip-grad"
                         )
                     if self.step == config.reschedule_after:
                         self.reschedule()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable
 from itertools import pairwise, product
 
 import pytest
@@ -21,12 +23,14 @@ WAYS = [
 ]
 
 
-def schedule_of(preset: str, stages: int, schedule: str, placement: str) -> Schedule:
+def schedule_of(
+    preset: str, stages: int, schedule: str, placement: str = "linear", microbatches: int = 4
+) -> Schedule:
     config = load_preset(preset).model_copy(
         update={"stages": stages, "schedule": schedule, "placement": placement}
     )
     try:
-        return training_plan(config, 4).built.schedule
+        return training_plan(config, microbatches).built.schedule
     except ConfigError:
         pytest.skip("no legal combination")
 
@@ -44,6 +48,58 @@ def test_a_channel_carries_its_messages_in_one_order(way: tuple[str, int, str, s
                 orders[step.kind].setdefault(channel, []).append(step.message)
     assert orders["send"] == orders["receive"]
     assert channels_of(schedule) == sorted(orders["send"])
+
+
+Lane = Callable[[str, int, int], Hashable]
+
+
+def finishes(schedule: Schedule, lane: Lane) -> bool:
+    """Replay under NCCL's rules: on a communicator (`lane`) messages pass one by one at both ends,
+    and one that both ends have reached passes; a send lets its rank go on, a receive does not."""
+    rank_of = schedule.pipeline.rank_of
+    queues: dict[tuple[int, Hashable], deque] = defaultdict(deque)
+    left = [deque(rank) for rank in schedule.ranks]
+    begun, passed = set(), set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(left):
+            while steps:
+                step = steps[0]
+                if step.payload is not None and (rank, step) not in begun:
+                    payload, source, target, _ = step.message
+                    ends = rank_of(source), rank_of(target)
+                    queues[rank, lane(payload, *ends)].append((step.message, ends))
+                    begun.add((rank, step))
+                    moved = True
+                if step.kind == "receive" and step.message not in passed:
+                    break
+                steps.popleft()
+                moved = True
+        for (rank, way), queue in list(queues.items()):
+            while queue and rank == queue[0][1][0]:
+                message, (_, target) = queue[0]
+                other = queues[target, way]
+                if not other or other[0][0] != message:
+                    break
+                queue.popleft()
+                other.popleft()
+                passed.add(message)
+                moved = True
+    return not any(left)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
+def test_no_ring_of_waiting_ranks(way: tuple[str, int, str, str]) -> None:
+    schedule = schedule_of(*way)
+    assert finishes(schedule, lambda payload, source, target: (payload, source, target))
+
+
+def test_why_a_communicator_is_not_shared_by_a_pipeline() -> None:
+    """The default schedule of ViT-B/48 in eight stages would never end."""
+    schedule = schedule_of("deepmim_vit_b_48", 8, "dib", microbatches=8)
+    assert not finishes(schedule, lambda payload, source, target: (payload, source < target))
+    assert finishes(schedule, lambda payload, source, target: (payload, source, target))
 
 
 @pytest.mark.parametrize("stages", [2, 3, 6])
