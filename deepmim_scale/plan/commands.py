@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from deepmim_scale.arguments import writable
 from deepmim_scale.config import ConfigError, Frozen, ModelConfig, validated
 from deepmim_scale.plan.draw import draw_gantt, write_trace
 from deepmim_scale.plan.estimate import memory_of, pipeline_of, times_of
@@ -78,8 +79,9 @@ class ScheduleArguments(Frozen):
 
 def plan(args: PlanArguments) -> None:
     """Print the fastest plan of each (stages, placement, schedule), and which is best."""
-    for key in ("nodes", "gpus_per_node"):
+    for key in ("nodes", "gpus_per_node", "global_batch"):
         _positive(key, getattr(args, key))
+    _check_files(args.json_path)
     config = load_preset(args.preset)
     gpu, network = known("gpu", args.gpu, GPUS), known("network", args.network, NETWORKS)
     global_batch = args.global_batch or config.global_batch or config.microbatch_size
@@ -136,8 +138,9 @@ def _verdict(plans: list[Plan]) -> str:
 
 def schedule(args: ScheduleArguments) -> None:
     """Print makespan, idle share and memory, and write what was asked for."""
-    for key in ("stages", "microbatches"):
+    for key in ("stages", "microbatches", "microbatch_size"):
         _positive(key, getattr(args, key))
+    _check_files(args.json_path, args.picture, args.trace)
     config = load_preset(args.preset)
     model = config.model
     if args.taps:
@@ -216,6 +219,14 @@ def _schedule_json(built: Built, speedup: float, layout: str) -> dict[str, Any]:
     }
 
 
-def _positive(key: str, value: int) -> None:
-    if value < 1:
+def _positive(key: str, value: int | None) -> None:
+    if value is not None and value < 1:
         raise ConfigError(f"{key}={value}: must be positive")
+
+
+def _check_files(json_path: str, picture: str = "", trace: str = "") -> None:
+    if picture and Path(picture).suffix not in (".png", ".svg"):
+        raise ConfigError(f"picture={picture}: must end in .png or .svg")
+    for key, path in (("json", json_path), ("picture", picture), ("trace", trace)):
+        if path:
+            writable(key, path)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.arguments import read_json
+from deepmim_scale.arguments import read_json, writable
 from deepmim_scale.config import ConfigError, RunConfig
 
 CONFIG = "config.json"
@@ -65,9 +65,8 @@ def _has_begun(folder: Path) -> bool:
 
 def write_config(config: RunConfig) -> None:
     """Save the resolved configuration; `--config FILE` takes it back."""
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
+    path = writable("output", Path(config.output) / CONFIG)
+    path.write_text(config.model_dump_json(indent=1) + "\n")
 
 
 def load_run_config(run: str | Path) -> RunConfig:

@@ -308,6 +308,14 @@ def test_activations_beyond_the_gpu_warn(capsys):
         ("schedule --preset debug --stages 2 --microbatches 2 --layout 3d|3d|3d3d",
          "layout=.*: has 3 stages, but stages=2"),
         ("schedule --preset debug --stages 2 --microbatches 2 --taps 5,6", "taps=5,6: must end"),
+        ("schedule --preset debug --stages 2 --microbatches 2 --microbatch-size -3",
+         "microbatch_size=-3: must be positive"),
+        ("plan --preset debug --global-batch 0", "global_batch=0: must be positive"),
+        ("schedule --preset debug --stages 2 --microbatches 2 --picture a.gif",
+         "picture=a.gif: must end in .png or .svg"),
+        ("schedule --preset debug --stages 2 --microbatches 2 --trace /proc/none/t",
+         "trace=/proc/none/t: cannot be written"),
+        ("plan --preset debug --json /proc/none/p", "json=/proc/none/p: cannot be written"),
     ],
 )  # fmt: skip
 def test_mistakes(flags, message):

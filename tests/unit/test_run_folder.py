@@ -46,3 +46,9 @@ def test_stages_are_free_unless_gradients_stop_at_them(tmp_path: Path) -> None:
 def test_an_unfinished_last_row_is_dropped(tmp_path: Path, end: str) -> None:
     (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}\n' + end)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output=.*file/run/config\.json: cannot be written"):
+        write_config(run(tmp_path / "file" / "run"))
