@@ -46,7 +46,9 @@ def draw(rows: list[Row], path: Path) -> None:
         if axes is not last:
             axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1], top=1.05 * axes.get_ylim()[1])
     handles, names = speed.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False
+    )
     if not measured:
         figure.suptitle("predicted, not measured")
     figure.savefig(path, dpi=120)
