@@ -54,9 +54,7 @@ class Channels:
         gloo = dist.get_backend() == "gloo"
         self._where = torch.device("cpu") if gloo else device
         # NCCL would poll on the host for a time-out of the wait; it has its own watchdog.
-        self._wait: dict[str, timedelta] = (
-            {"timeout": timeout} if dist.get_backend() == "gloo" else {}
-        )
+        self._wait: dict[str, timedelta] = {"timeout": timeout} if gloo else {}
         self._sends: list[tuple[Any, Tensor]] = []
         self._groups: dict[Channel, Any] = {}
         # A communicator of two ranks for each channel. On a shared one NCCL carries messages one

@@ -58,7 +58,7 @@ def check_output(config: RunConfig) -> bool:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run got further than its first step; one that did not may be replaced."""
+    """Whether a run took a step; one that did not may be replaced."""
     metrics = folder / METRICS
     return (folder / "checkpoints").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
 
