@@ -66,13 +66,25 @@ def _ours(
 
     def epoch() -> Iterator[int]:
         backend, _ = build_backend(
-            config, manifest, BATCH, torch.device(device), loader,
+            config,
+            manifest,
+            BATCH,
+            torch.device(device),
+            loader,
             "mixed" if device == "cuda" else "cpu",
-        )  # fmt: skip
+        )
         feed = build_feed(
-            config, manifest, plan, replica=0, num_replicas=1, num_microbatches=1, start_step=0,
-            num_steps=plan.steps_per_epoch, backend=backend, device=torch.device(device),
-        )  # fmt: skip
+            config,
+            manifest,
+            plan,
+            replica=0,
+            num_replicas=1,
+            num_microbatches=1,
+            start_step=0,
+            num_steps=plan.steps_per_epoch,
+            backend=backend,
+            device=torch.device(device),
+        )
         for (batch,) in feed:
             images = normalise(batch.images) if normalised else batch.images
             yield len(images)
@@ -98,9 +110,13 @@ def torchvision_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
         ]
     )
     loader = DataLoader(
-        datasets.ImageFolder(str(data), transform), BATCH, shuffle=True, num_workers=cores,
-        drop_last=True, persistent_workers=True,
-    )  # fmt: skip
+        datasets.ImageFolder(str(data), transform),
+        BATCH,
+        shuffle=True,
+        num_workers=cores,
+        drop_last=True,
+        persistent_workers=True,
+    )
     return lambda: (len(images) for images, _ in loader)
 
 
@@ -110,10 +126,16 @@ def timm_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
     from timm.data import create_dataset, create_loader
 
     loader = create_loader(
-        create_dataset("", root=str(data)), (3, SIZE, SIZE), BATCH, is_training=True,
-        scale=(0.2, 1.0), interpolation="bicubic", num_workers=cores, persistent_workers=True,
+        create_dataset("", root=str(data)),
+        (3, SIZE, SIZE),
+        BATCH,
+        is_training=True,
+        scale=(0.2, 1.0),
+        interpolation="bicubic",
+        num_workers=cores,
+        persistent_workers=True,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     return lambda: (len(images) for images, _ in loader)
 
 
@@ -195,8 +217,10 @@ def compare(arguments: argparse.Namespace) -> None:
         name: {key: statistics.median(entry[key] for entry in rounds) for key in rounds[0]}
         for name, rounds in results.items()
     }
-    print(f"{arguments.cores} cores, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}, "
-          f"torch {version('torch')}, torchvision {version('torchvision')}")  # fmt: skip
+    print(
+        f"{arguments.cores} cores, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}, "
+        f"torch {version('torch')}, torchvision {version('torchvision')}"
+    )
     print("loader       hands over   img/s    slowest..fastest  CPU ms/img  / torchvision")
     print("(medians; the ratio is the median of the rounds' ratios)")
     for name, row in medians.items():
@@ -237,9 +261,15 @@ def training(preset: str, data: str, cores: int) -> None:
         manifest = open_manifest(folder)
         batch = config.microbatch_size
         feed = build_feed(
-            config, manifest, SamplePlan(len(manifest), 0, batch), replica=0, num_replicas=1,
-            num_microbatches=1, start_step=0, num_steps=steps,
-        )  # fmt: skip
+            config,
+            manifest,
+            SamplePlan(len(manifest), 0, batch),
+            replica=0,
+            num_replicas=1,
+            num_microbatches=1,
+            start_step=0,
+            num_steps=steps,
+        )
         model = build_model(config.model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         waited = 0.0
@@ -251,8 +281,10 @@ def training(preset: str, data: str, cores: int) -> None:
             optimizer.zero_grad()
             waited += feed.wait_seconds if step > warm else 0.0
         seconds = time.perf_counter() - began
-    print(f"{preset}: {(steps - warm) * batch / seconds:.0f} images/s on {cores} cores, "
-          f"waiting {100 * waited / seconds:.2f} % of the time")  # fmt: skip
+    print(
+        f"{preset}: {(steps - warm) * batch / seconds:.0f} images/s on {cores} cores, "
+        f"waiting {100 * waited / seconds:.2f} % of the time"
+    )
 
 
 def main() -> None:

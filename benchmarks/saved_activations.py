@@ -83,14 +83,18 @@ def main() -> None:
     parser.add_argument("--json")
     arguments = parser.parse_args()
     rows = [measure(arguments.batch, masked_query) for masked_query in (False, True)]
-    print(f"ViT-B/12, 4 decoders x 4 blocks, batch {arguments.batch}, fp32, "
-          f"torch {torch.__version__}, Python {sys.version.split()[0]}")  # fmt: skip
+    print(
+        f"ViT-B/12, 4 decoders x 4 blocks, batch {arguments.batch}, fp32, "
+        f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+    )
     print("| masked-query last block | joint MB/image | local MB/image | joint / local |")
     print("|---|---|---|---|")
     for row in rows:
         name = "on" if row["masked_query"] else "off"
-        print(f"| {name} | {row['joint_mb_per_image']:.1f} | {row['local_mb_per_image']:.1f} "
-              f"| {row['ratio']:.2f} |")  # fmt: skip
+        print(
+            f"| {name} | {row['joint_mb_per_image']:.1f} | {row['local_mb_per_image']:.1f} "
+            f"| {row['ratio']:.2f} |"
+        )
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)

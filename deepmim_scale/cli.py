@@ -12,36 +12,79 @@ from deepmim_scale.config import ConfigError
 # words: (module, class of its arguments, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "plan": ("plan.commands", "PlanArguments", "plan", "predict every way to run on a cluster"),
-    "schedule": ("plan.commands", "ScheduleArguments", "schedule",
-                 "build, simulate and draw a step's schedule"),
-    "study": ("study.commands", "StudyArguments", "run_study",
-              "predict or measure a model over depths, stages and schedules"),
+    "schedule": (
+        "plan.commands",
+        "ScheduleArguments",
+        "schedule",
+        "build, simulate and draw a step's schedule",
+    ),
+    "study": (
+        "study.commands",
+        "StudyArguments",
+        "run_study",
+        "predict or measure a model over depths, stages and schedules",
+    ),
     "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
     "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
     "data verify": ("data.commands", "VerifyArgs", "run_verify", "decode every image"),
-    "evaluate digits": ("evaluate.commands", "DigitsArguments", "run_digits",
-                        "probe features on digits"),
-    "evaluate knn": ("evaluate.commands", "KnnArguments", "run_knn",
-                     "weighted k-NN on your classes"),
-    "evaluate linear": ("evaluate.commands", "LinearArguments", "run_linear",
-                        "linear probe on your classes"),
-    "analyse reconstruct": ("analysis.commands", "ReconstructArguments", "run_reconstruct",
-                            "draw what each decoder fills in"),
-    "analyse losses": ("analysis.commands", "LossesArguments", "run_losses",
-                       "draw each decoder's loss over a run"),
-    "analyse attention": ("analysis.commands", "AttentionArguments", "run_attention",
-                          "how far each head looks"),
-    "analyse cka": ("analysis.commands", "CkaArguments", "run_cka",
-                    "how alike the blocks' features are"),
-    "export": ("checkpoint.commands", "ExportArguments", "run_export",
-               "weights for timm, Hugging Face or the official code"),
+    "evaluate digits": (
+        "evaluate.commands",
+        "DigitsArguments",
+        "run_digits",
+        "probe features on digits",
+    ),
+    "evaluate knn": (
+        "evaluate.commands",
+        "KnnArguments",
+        "run_knn",
+        "weighted k-NN on your classes",
+    ),
+    "evaluate linear": (
+        "evaluate.commands",
+        "LinearArguments",
+        "run_linear",
+        "linear probe on your classes",
+    ),
+    "analyse reconstruct": (
+        "analysis.commands",
+        "ReconstructArguments",
+        "run_reconstruct",
+        "draw what each decoder fills in",
+    ),
+    "analyse losses": (
+        "analysis.commands",
+        "LossesArguments",
+        "run_losses",
+        "draw each decoder's loss over a run",
+    ),
+    "analyse attention": (
+        "analysis.commands",
+        "AttentionArguments",
+        "run_attention",
+        "how far each head looks",
+    ),
+    "analyse cka": (
+        "analysis.commands",
+        "CkaArguments",
+        "run_cka",
+        "how alike the blocks' features are",
+    ),
+    "export": (
+        "checkpoint.commands",
+        "ExportArguments",
+        "run_export",
+        "weights for timm, Hugging Face or the official code",
+    ),
     "verify": ("checkpoint.commands", "VerifyArguments", "run", "check a checkpoint's digests"),
-}  # fmt: skip
+}
 
 
 def _overview(group: str = "") -> str:
-    lines = [f"  {words:22s}{command[3]}" for words, command in COMMANDS.items()
-             if not group or words.split()[0] == group]  # fmt: skip
+    lines = [
+        f"  {words:22s}{command[3]}"
+        for words, command in COMMANDS.items()
+        if not group or words.split()[0] == group
+    ]
     if not group:
         lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"

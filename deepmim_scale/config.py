@@ -146,8 +146,12 @@ class ModelConfig(Frozen):
         elif not even:
             return value
         else:
-            _require(-value[0] <= depth, "taps", f"even:{-value[0]}",
-                     f"more decoders than blocks; use at most even:{depth} (depth)")  # fmt: skip
+            _require(
+                -value[0] <= depth,
+                "taps",
+                f"even:{-value[0]}",
+                f"more decoders than blocks; use at most even:{depth} (depth)",
+            )
             return even_taps(depth, -value[0])
         if not even and value != expected:
             raise ValueError(f"taps={value}: {rule}: use {expected} or leave taps out")
@@ -155,36 +159,75 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads",
-                    "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "num_segments",
-                    "teacher_dim"):  # fmt: skip
+        for key in (
+            "img_size",
+            "patch_size",
+            "in_chans",
+            "embed_dim",
+            "depth",
+            "num_heads",
+            "decoder_embed_dim",
+            "decoder_depth",
+            "decoder_num_heads",
+            "num_segments",
+            "teacher_dim",
+        ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         _divides("img_size", self.img_size, "patch_size", self.patch_size)
         _divides("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        _divides("decoder_embed_dim", self.decoder_embed_dim, "decoder_num_heads",
-                 self.decoder_num_heads)  # fmt: skip
+        _divides(
+            "decoder_embed_dim", self.decoder_embed_dim, "decoder_num_heads", self.decoder_num_heads
+        )
         for key in ("embed_dim", "decoder_embed_dim"):
             _divides(key, getattr(self, key), "the position table's 4 parts", 4)
-        _require(min(self.embed_dim, self.decoder_embed_dim) * self.mlp_ratio >= 1, "mlp_ratio",
-                 self.mlp_ratio, "leaves an MLP without hidden units; papers use 4")  # fmt: skip
+        _require(
+            min(self.embed_dim, self.decoder_embed_dim) * self.mlp_ratio >= 1,
+            "mlp_ratio",
+            self.mlp_ratio,
+            "leaves an MLP without hidden units; papers use 4",
+        )
         taps = ",".join(map(str, self.taps))
         increasing = all(a < b for a, b in zip(self.taps, self.taps[1:], strict=False))
-        _require(bool(self.taps) and self.taps[0] >= 1 and increasing, "taps", taps,
-                 "must be increasing block numbers from 1; use --taps even")  # fmt: skip
-        _require(self.taps[-1] == self.depth, "taps", taps,
-                 f"must end at block {self.depth} (depth), so that every block is trained; "
-                 "use --taps even")  # fmt: skip
-        _require(0 < self.num_visible < self.num_patches, "mask_ratio", self.mask_ratio,
-                 f"leaves {self.num_visible} of {self.num_patches} patches visible; "
-                 "at least one must be visible and one masked")  # fmt: skip
+        _require(
+            bool(self.taps) and self.taps[0] >= 1 and increasing,
+            "taps",
+            taps,
+            "must be increasing block numbers from 1; use --taps even",
+        )
+        _require(
+            self.taps[-1] == self.depth,
+            "taps",
+            taps,
+            f"must end at block {self.depth} (depth), so that every block is trained; "
+            "use --taps even",
+        )
+        _require(
+            0 < self.num_visible < self.num_patches,
+            "mask_ratio",
+            self.mask_ratio,
+            f"leaves {self.num_visible} of {self.num_patches} patches visible; "
+            "at least one must be visible and one masked",
+        )
         if self.hybrid_alphas:
             alphas = ",".join(f"{alpha:g}" for alpha in self.hybrid_alphas)
-            _require(self.method == "deepmim" and self.loss == "pixel", "hybrid_alphas", alphas,
-                     "hybrid targets are for method deepmim and loss pixel")  # fmt: skip
-            _require(len(self.hybrid_alphas) == len(self.taps), "hybrid_alphas", alphas,
-                     f"must be {len(self.taps)} numbers, one per tap")  # fmt: skip
-            _require(all(0 <= alpha <= 1 for alpha in self.hybrid_alphas), "hybrid_alphas", alphas,
-                     "must lie in [0, 1]")  # fmt: skip
+            _require(
+                self.method == "deepmim" and self.loss == "pixel",
+                "hybrid_alphas",
+                alphas,
+                "hybrid targets are for method deepmim and loss pixel",
+            )
+            _require(
+                len(self.hybrid_alphas) == len(self.taps),
+                "hybrid_alphas",
+                alphas,
+                f"must be {len(self.taps)} numbers, one per tap",
+            )
+            _require(
+                all(0 <= alpha <= 1 for alpha in self.hybrid_alphas),
+                "hybrid_alphas",
+                alphas,
+                "must lie in [0, 1]",
+            )
         if self.method == "mirl":
             _divides("depth", self.depth, "num_segments", self.num_segments)
             _divides("num_segments", self.num_segments, "segments of a pair", 2)
@@ -313,25 +356,54 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for key in ("stages", "timeout", "microbatch_size", "loader_threads",
-                    "keep_checkpoints", "print_every", "prefetch", "epochs", "eps"):  # fmt: skip
+        for key in (
+            "stages",
+            "timeout",
+            "microbatch_size",
+            "loader_threads",
+            "keep_checkpoints",
+            "print_every",
+            "prefetch",
+            "epochs",
+            "eps",
+        ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         for key in ("steps", "microbatches", "global_batch"):
             value = getattr(self, key)
             _require(value is None or value > 0, key, value, "must be positive")
-        for key in ("blr", "warmup_epochs", "weight_decay", "clip_grad", "validate_every",
-                    "check_feed", "reschedule_after", "save_every"):  # fmt: skip
+        for key in (
+            "blr",
+            "warmup_epochs",
+            "weight_decay",
+            "clip_grad",
+            "validate_every",
+            "check_feed",
+            "reschedule_after",
+            "save_every",
+        ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
-        _require(self.model.in_chans == 3, "in_chans", self.model.in_chans,
-                 "images are read as RGB; leave it at 3")  # fmt: skip
+        _require(
+            self.model.in_chans == 3,
+            "in_chans",
+            self.model.in_chans,
+            "images are read as RGB; leave it at 3",
+        )
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
-        _require(not (self.compile and self.schedule == "dib_w"), "compile", True,
-                 "dib_w queues weight gradients in Python; use schedule dib")  # fmt: skip
+        _require(
+            not (self.compile and self.schedule == "dib_w"),
+            "compile",
+            True,
+            "dib_w queues weight gradients in Python; use schedule dib",
+        )
         alphas = self.model.hybrid_alphas
-        _require(bool(self.hybrid) or not alphas, "hybrid_alphas", alphas,
-                 "need a run of method mae; give --hybrid RUN")  # fmt: skip
+        _require(
+            bool(self.hybrid) or not alphas,
+            "hybrid_alphas",
+            alphas,
+            "need a run of method mae; give --hybrid RUN",
+        )
         _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "must lie in (0, 1]")
         return self
 

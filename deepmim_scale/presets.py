@@ -18,13 +18,23 @@ VIT_L: dict[str, Any] = {"embed_dim": 1024, "num_heads": 16}
 
 def _debug(**model: Any) -> RunConfig:
     fields: dict[str, Any] = {
-        "img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 12, "num_heads": 4,
-        "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 4,
-    }  # fmt: skip
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 12,
+        "num_heads": 4,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 2,
+        "decoder_num_heads": 4,
+    }
     return RunConfig(
-        model=ModelConfig(**(fields | model)), microbatch_size=8, global_batch=None,
-        epochs=10.0, warmup_epochs=1.0, blr=5e-3,
-    )  # fmt: skip
+        model=ModelConfig(**(fields | model)),
+        microbatch_size=8,
+        global_batch=None,
+        epochs=10.0,
+        warmup_epochs=1.0,
+        blr=5e-3,
+    )
 
 
 def debug() -> RunConfig:
@@ -46,13 +56,27 @@ def quickstart() -> RunConfig:
     """DeepMIM on 32-pixel pictures that learns to fill in within minutes on 2 CPU cores."""
     return RunConfig(
         model=ModelConfig(
-            method="deepmim", norm_pix=False, img_size=32, patch_size=4, embed_dim=64, depth=12,
-            num_heads=4, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3,
+            method="deepmim",
+            norm_pix=False,
+            img_size=32,
+            patch_size=4,
+            embed_dim=64,
+            depth=12,
+            num_heads=4,
+            decoder_embed_dim=48,
+            decoder_depth=1,
+            decoder_num_heads=3,
             taps=(6, 8, 10, 12),
         ),
-        microbatch_size=16, global_batch=32, epochs=30.0, warmup_epochs=3.0, blr=0.024,
-        validate_every=5.0, save_every=500, loader_threads=1,
-    )  # fmt: skip
+        microbatch_size=16,
+        global_batch=32,
+        epochs=30.0,
+        warmup_epochs=3.0,
+        blr=0.024,
+        validate_every=5.0,
+        save_every=500,
+        loader_threads=1,
+    )
 
 
 def mae_vit_b_12() -> RunConfig:
@@ -102,9 +126,13 @@ def deepmim_vit_b_48() -> RunConfig:
 def mirl_vit_s_54() -> RunConfig:
     """MIRL ViT-S with 54 blocks: 6 segments, decoders of 1 block, width 384."""
     model = ModelConfig(
-        method="mirl", depth=54, decoder_embed_dim=384, decoder_depth=1, decoder_num_heads=12,
+        method="mirl",
+        depth=54,
+        decoder_embed_dim=384,
+        decoder_depth=1,
+        decoder_num_heads=12,
         **VIT_S,
-    )  # fmt: skip
+    )
     return RunConfig(model=model)
 
 
@@ -117,11 +145,21 @@ def mirl_vit_b_48() -> RunConfig:
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
     for function in (
-        quickstart, debug, debug_mae, debug_mirl, mae_vit_b_12, mae_vit_l_24, deepmim_vit_b_12,
-        deepmim_clip_vit_b_12, deepmim_vit_b_24, deepmim_vit_b_36, deepmim_vit_b_48,
-        mirl_vit_s_54, mirl_vit_b_48,
+        quickstart,
+        debug,
+        debug_mae,
+        debug_mirl,
+        mae_vit_b_12,
+        mae_vit_l_24,
+        deepmim_vit_b_12,
+        deepmim_clip_vit_b_12,
+        deepmim_vit_b_24,
+        deepmim_vit_b_36,
+        deepmim_vit_b_48,
+        mirl_vit_s_54,
+        mirl_vit_b_48,
     )
-}  # fmt: skip
+}
 
 
 def load_preset(name: str) -> RunConfig:

@@ -124,8 +124,10 @@ def run_attention(arguments: AttentionArguments) -> None:
     print(f"attention of {len(manifest)} held-out images; distances in patches")
     for block in blocks:
         low, high, mean = (f(block.distances) for f in (min, max, fmean))
-        print(f"  block {block.block:2d}  distance {mean:5.2f}  heads {low:5.2f} to {high:5.2f}  "
-              f"cosine between heads {block.head_cosine:.3f}")  # fmt: skip
+        print(
+            f"  block {block.block:2d}  distance {mean:5.2f}  heads {low:5.2f} to {high:5.2f}  "
+            f"cosine between heads {block.head_cosine:.3f}"
+        )
     print(f"  uniform attention: {uniform:.2f}")
     attention.draw(blocks, uniform, picture)
     content = {"images": len(manifest), "uniform": uniform, "blocks": [asdict(b) for b in blocks]}

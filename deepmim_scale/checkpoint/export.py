@@ -23,8 +23,15 @@ from deepmim_scale.train.run_folder import load_run_config
 
 LICENCE = "origin not recorded; weights that began as MAE's release are CC-BY-NC 4.0"
 # The arguments of timm's vit_base_patch16_224, by our names.
-_VIT_BASE = {"img_size": 224, "patch_size": 16, "in_chans": 3, "embed_dim": 768, "depth": 12,
-             "num_heads": 12, "mlp_ratio": 4.0}  # fmt: skip
+_VIT_BASE = {
+    "img_size": 224,
+    "patch_size": 16,
+    "in_chans": 3,
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "mlp_ratio": 4.0,
+}
 _HF_BLOCK = {
     ".norm1.": ".layernorm_before.",
     ".norm2.": ".layernorm_after.",
@@ -65,9 +72,11 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
         prefixes |= {
             f"decoders.{decoder}.mask_token": "decoder.mask_token",
             f"decoders.{decoder}.blocks": "decoder.decoder_layers",
-            **{f"decoders.{decoder}.{part}": f"decoder.decoder_{part}"
-               for part in ("embed", "pos_embed", "norm", "pred")},
-        }  # fmt: skip
+            **{
+                f"decoders.{decoder}.{part}": f"decoder.decoder_{part}"
+                for part in ("embed", "pos_embed", "norm", "pred")
+            },
+        }
     tensors = {}
     for ours, weight in model.state_dict().items():
         name = renamed(ours, prefixes)
@@ -114,8 +123,10 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 TENSORS: dict[str, Callable[[Model], dict[str, Tensor]]] = {
-    "timm": timm_tensors, "hf": hf_tensors, "mae": official_tensors,
-}  # fmt: skip
+    "timm": timm_tensors,
+    "hf": hf_tensors,
+    "mae": official_tensors,
+}
 
 
 def how_to_load(config: ModelConfig, layout: str, output: Path) -> str:
@@ -149,8 +160,14 @@ def export(run: str, layout: str, output: Path) -> list[str]:
     model = build_model(config.model, seed=config.seed)
     load_weights(folder, model)
     tensors = TENSORS[layout](model)
-    header = {"format": "pt", "names": layout, "preset": config.preset, "step": str(step),
-              "method": config.model.method, "licence": LICENCE}  # fmt: skip
+    header = {
+        "format": "pt",
+        "names": layout,
+        "preset": config.preset,
+        "step": str(step),
+        "method": config.model.method,
+        "licence": LICENCE,
+    }
     part = output.with_name(output.name + ".part")
     files.write_tensors(part, tensors, header)
     part.rename(output)

@@ -72,8 +72,9 @@ def prune(run: str | Path, keep: int) -> None:
 
 def saved(run: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    return sorted(folder for folder in (Path(run) / "checkpoints").glob("step_????????")
-                  if folder.is_dir())  # fmt: skip
+    return sorted(
+        folder for folder in (Path(run) / "checkpoints").glob("step_????????") if folder.is_dir()
+    )
 
 
 def problem(folder: Path) -> str | None:

@@ -16,8 +16,10 @@ from deepmim_scale.models.stage import decoder_names
 
 Source = Literal["mae", "deepmim", "mirl"]
 
-_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0",
-                "weight_v": "parametrizations.weight.original1"}  # fmt: skip
+_WEIGHT_NORM = {
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
 
 
 def _prefixes(config: ModelConfig) -> dict[str, str]:

@@ -63,9 +63,16 @@ def stream(
                 "preallocate_height_hint": LARGEST_HINT,
             }
         images = fn.decoders.image_slice(
-            fn.io.file.read(path), start=start, shape=shape, axes=[0, 1], device=decode,
-            output_type=types.RGB, adjust_orientation=False, use_fast_idct=False, **hints,
-        )  # fmt: skip
+            fn.io.file.read(path),
+            start=start,
+            shape=shape,
+            axes=[0, 1],
+            device=decode,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            use_fast_idct=False,
+            **hints,
+        )
         images = images.gpu() if on_gpu else images
         images = fn.resize(
             images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True

@@ -28,9 +28,15 @@ class Decoding:
     """
 
     def __init__(
-        self, jobs: Callable[[int], Job], num_jobs: int, backend: Backend, manifest: Manifest,
-        plan: SamplePlan, min_crop: float, on_bad: Literal["fail", "replace"],
-    ) -> None:  # fmt: skip
+        self,
+        jobs: Callable[[int], Job],
+        num_jobs: int,
+        backend: Backend,
+        manifest: Manifest,
+        plan: SamplePlan,
+        min_crop: float,
+        on_bad: Literal["fail", "replace"],
+    ) -> None:
         self.bad: dict[int, str] = {}
         """Bad samples found: id -> reason."""
         self._jobs, self._num_jobs, self._backend = jobs, num_jobs, backend

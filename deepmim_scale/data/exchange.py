@@ -50,9 +50,14 @@ class Exchange:
     """One stage's end of the exchange; `group` is its own, its ranks in the order of the stages."""
 
     def __init__(
-        self, mode: Mode, group: dist.ProcessGroup, num_microbatches: int, batch: int, size: int,
+        self,
+        mode: Mode,
+        group: dist.ProcessGroup,
+        num_microbatches: int,
+        batch: int,
+        size: int,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.received_bytes = 0
         """Counted where tensors arrive, since the start."""
         self._mode, self._group, self._num_microbatches = mode, group, num_microbatches

@@ -77,9 +77,14 @@ def build_backend(
     from deepmim_scale.data import dali
 
     stream = functools.partial(
-        dali.stream, size=size, threads=threads, max_batch=batch, decode=where, device=device,
+        dali.stream,
+        size=size,
+        threads=threads,
+        max_batch=batch,
+        decode=where,
+        device=device,
         prefetch=prefetch,
-    )  # fmt: skip
+    )
     return stream, line
 
 

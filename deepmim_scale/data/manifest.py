@@ -74,10 +74,15 @@ class Manifest:
     def keep(self, chosen: np.ndarray, *notes: str) -> Manifest:
         """The images where `chosen` (bool [N]) holds; classes keep their numbers."""
         return Manifest(
-            self.root, tuple(np.array(self.names, dtype=object)[chosen]), self.labels[chosen],
-            self.classes, self.heights[chosen], self.widths[chosen], self.num_bytes[chosen],
+            self.root,
+            tuple(np.array(self.names, dtype=object)[chosen]),
+            self.labels[chosen],
+            self.classes,
+            self.heights[chosen],
+            self.widths[chosen],
+            self.num_bytes[chosen],
             self.notes + notes,
-        )  # fmt: skip
+        )
 
     def save(self, path: Path) -> None:
         """Write an .npz, atomically."""
@@ -85,9 +90,13 @@ class Manifest:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
         try:
             np.savez_compressed(
-                temporary, text=json.dumps(text), labels=self.labels, heights=self.heights,
-                widths=self.widths, num_bytes=self.num_bytes,
-            )  # fmt: skip
+                temporary,
+                text=json.dumps(text),
+                labels=self.labels,
+                heights=self.heights,
+                widths=self.widths,
+                num_bytes=self.num_bytes,
+            )
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -193,9 +202,15 @@ def _load(root: Path, saved: Path) -> Manifest:
         with np.load(saved) as arrays:
             text = json.loads(str(arrays["text"]))
             manifest = Manifest(
-                str(root), tuple(text["names"]), arrays["labels"], tuple(text["classes"]),
-                arrays["heights"], arrays["widths"], arrays["num_bytes"], tuple(text["notes"]),
-            )  # fmt: skip
+                str(root),
+                tuple(text["names"]),
+                arrays["labels"],
+                tuple(text["classes"]),
+                arrays["heights"],
+                arrays["widths"],
+                arrays["num_bytes"],
+                tuple(text["notes"]),
+            )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"data={root}: {MANIFEST_NAME} cannot be read; {again}") from error
     listing, _ = list_images(root)

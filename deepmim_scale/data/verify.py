@@ -58,10 +58,14 @@ def verify_folder(root: Path, threads: int) -> dict[str, Any]:
             progress.set_postfix(bad=len(bad))
     kinds = Counter(kind for _, kind, _ in bad)
     report = {
-        "folder": str(root), "sha": sha, "images": len(names), "good": len(names) - len(bad),
-        "unreadable": kinds["unreadable"], "damaged": kinds["damaged"],
+        "folder": str(root),
+        "sha": sha,
+        "images": len(names),
+        "good": len(names) - len(bad),
+        "unreadable": kinds["unreadable"],
+        "damaged": kinds["damaged"],
         "bad": [{"file": name, "kind": kind, "reason": reason} for name, kind, reason in bad],
-    }  # fmt: skip
+    }
     _write(root / REPORT_NAME, json.dumps(report, indent=1) + "\n")
     lines = (f"{shown(name)}\t{kind}: {reason}\n" for name, kind, reason in bad)
     _write(root / QUARANTINE_NAME, "".join(lines))

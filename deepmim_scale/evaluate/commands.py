@@ -125,6 +125,11 @@ def _probe(
     print(f"raw pixels: {100 * accuracies[PIXELS]:.1f}; largest class: {100 * classes.largest:.1f}")
     if arguments.json_file:
         rows = [{**key._asdict(), "accuracy": value} for key, value in accuracies.items()]
-        content = {"run": arguments.run, "data": classes.train.root, **settings,
-                   "largest_class": classes.largest, "rows": rows}  # fmt: skip
+        content = {
+            "run": arguments.run,
+            "data": classes.train.root,
+            **settings,
+            "largest_class": classes.largest,
+            "rows": rows,
+        }
         Path(arguments.json_file).write_text(json.dumps(content, indent=1) + "\n")

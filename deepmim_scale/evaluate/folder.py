@@ -56,9 +56,7 @@ def probe_folder(
     train = features_of(models, config, classes.train, pools)
     test = features_of(models, config, classes.val, pools)
     keys = tqdm(train, unit="probe", desc="probes", disable=None)
-    return {
-        key: probe(train[key], classes.labels, test[key], classes.expected) for key in keys
-    }  # fmt: skip
+    return {key: probe(train[key], classes.labels, test[key], classes.expected) for key in keys}
 
 
 def table(accuracies: dict[Key, float], pools: Sequence[str]) -> str:

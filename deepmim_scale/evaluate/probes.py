@@ -24,9 +24,13 @@ def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _vote(
-    train: np.ndarray, labels: np.ndarray, test: np.ndarray, expected: np.ndarray,
-    num_neighbours: int, weigh: Callable[[np.ndarray], np.ndarray],
-) -> float:  # fmt: skip
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    expected: np.ndarray,
+    num_neighbours: int,
+    weigh: Callable[[np.ndarray], np.ndarray],
+) -> float:
     """Each of the nearest by cosine votes for its class with a weight that its cosine gives."""
     train = train / (np.linalg.norm(train, axis=1, keepdims=True) + 1e-12)
     test = test / (np.linalg.norm(test, axis=1, keepdims=True) + 1e-12)
@@ -73,9 +77,12 @@ def knn_weighted(
 
 
 def linear(
-    train: np.ndarray, labels: np.ndarray, test: np.ndarray, expected: np.ndarray,
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    expected: np.ndarray,
     num_splits: int = FOLDS,
-) -> float:  # fmt: skip
+) -> float:
     """Accuracy of logistic regression on standardised features (shapes as above).
 
     C is the best over `num_splits` of the 5 splits of cross-validation.

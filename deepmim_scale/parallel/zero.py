@@ -56,8 +56,13 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0",
-                       "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # fmt: skip
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+        }
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         # torchrun and deepspeed name the number of a node's ranks differently.

@@ -159,9 +159,13 @@ def schedule(args: ScheduleArguments) -> None:
 
     def simulated(name: Name) -> Built:
         times = times_of(
-            model, layout, images, gpu.peak_tflops * 1e12 * gpu.utilisation,
-            lambda source, target: 1 / bandwidth, split=name in ("dib_w", "zb_h1"),
-        )  # fmt: skip
+            model,
+            layout,
+            images,
+            gpu.peak_tflops * 1e12 * gpu.utilisation,
+            lambda source, target: 1 / bandwidth,
+            split=name in ("dib_w", "zb_h1"),
+        )
         return build(name, pipeline, args.microbatches, times, memory)
 
     built = simulated(args.schedule)

@@ -49,16 +49,25 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
         drawn.add(step.kind)
         hatched |= deeper
         axes.barh(
-            event.rank, seconds * unit, left=event.start * unit, height=0.86,
-            color=COLOURS[step.kind][0], edgecolor="white", linewidth=0.6,
+            event.rank,
+            seconds * unit,
+            left=event.start * unit,
+            height=0.86,
+            color=COLOURS[step.kind][0],
+            edgecolor="white",
+            linewidth=0.6,
             hatch="///" if deeper else None,
-        )  # fmt: skip
+        )
         if seconds > MIN_LABELLED_SHARE * timeline.makespan:
             axes.text(
-                (event.start + seconds / 2) * unit, event.rank, str(step.microbatch),
-                ha="center", va="center", fontsize=6,
+                (event.start + seconds / 2) * unit,
+                event.rank,
+                str(step.microbatch),
+                ha="center",
+                va="center",
+                fontsize=6,
                 color="white" if step.kind in DARK else "black",
-            )  # fmt: skip
+            )
     axes.set_yticks(
         range(num_ranks),
         [f"rank {rank}\nidle {idle:.1%}" for rank, idle in enumerate(timeline.idle)],
@@ -76,8 +85,9 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
     ]
     if hatched:
         handles.append(Patch(facecolor="white", edgecolor="grey", hatch="///", label="deep stage"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8,
-                  frameon=False)  # fmt: skip
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 

@@ -79,9 +79,12 @@ def check_combination(
 
 
 def _narrow(
-    rows: list[Row], key: str, value: str, values: Callable[[Row], tuple[str, ...]],
+    rows: list[Row],
+    key: str,
+    value: str,
+    values: Callable[[Row], tuple[str, ...]],
     model: ModelConfig,
-) -> None:  # fmt: skip
+) -> None:
     allowed = [option for row in rows for option in values(row)]
     if value not in allowed:
         names = ", ".join(dict.fromkeys(allowed))

@@ -99,10 +99,12 @@ def format_layout(layout: Layout, config: ModelConfig) -> str:
     for stage in layout:
         ends = sorted({config.taps[k] for k in stage.decoders} | {stage.last})
         starts = [stage.first, *ends[:-1]]
-        texts.append("".join(
-            f"{end - start}{'d' if end in config.taps else ''}"
-            for start, end in zip(starts, ends, strict=True)
-        ))  # fmt: skip
+        texts.append(
+            "".join(
+                f"{end - start}{'d' if end in config.taps else ''}"
+                for start, end in zip(starts, ends, strict=True)
+            )
+        )
     return "|".join(texts)
 
 

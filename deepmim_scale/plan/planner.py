@@ -125,9 +125,15 @@ def _plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[
                     # One backward reduces as often either way; shards need less memory.
                     once = microbatches == 1 and name != "dib_w"
                     yield predict(
-                        model, cluster, stages, name, microbatch, microbatches, placement,
+                        model,
+                        cluster,
+                        stages,
+                        name,
+                        microbatch,
+                        microbatches,
+                        placement,
                         "per_microbatch" if once else "coalesced",
-                    )  # fmt: skip
+                    )
 
 
 def predict(
@@ -185,10 +191,13 @@ def _predict(
     limit = _usable_bytes(cluster.gpu)
     rate = cluster.gpu.peak_tflops * 1e12 * cluster.gpu.utilisation * microbatch / (microbatch + 2)
     times = times_of(
-        model, layout, microbatch, rate,
+        model,
+        layout,
+        microbatch,
+        rate,
         lambda source, target: _seconds_per_byte(cluster, pipeline, replicas, source, target),
         split=schedule == "dib_w",
-    )  # fmt: skip
+    )
     held = [
         [stage_cost(model, layout[s].first, layout[s].last) for s in pipeline.stages_of(rank)]
         for rank in range(stages)
@@ -196,9 +205,14 @@ def _predict(
     states = [sum(zero2_state_bytes(cost, replicas, reduction) for cost in costs) for costs in held]
     first = min(microbatches, max(8, 2 * stages))
     built = build(
-        schedule, pipeline, first, times, memory_of(model, layout, microbatch),
-        limit - max(states), quick=True,
-    )  # fmt: skip
+        schedule,
+        pipeline,
+        first,
+        times,
+        memory_of(model, layout, microbatch),
+        limit - max(states),
+        quick=True,
+    )
     timeline = built.timeline
     pace = max(map(sum, zip(timeline.busy, timeline.receiving, strict=True))) / first
     compute = timeline.makespan + (microbatches - first) * pace

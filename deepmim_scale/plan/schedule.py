@@ -49,9 +49,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal[
-    "forward", "decoder", "decoder_forward", "decoder_backward", "encoder_backward",
-    "decoder_weight_gradient", "encoder_weight_gradient", "send", "receive", "flush",
-]  # fmt: skip
+    "forward",
+    "decoder",
+    "decoder_forward",
+    "decoder_backward",
+    "encoder_backward",
+    "decoder_weight_gradient",
+    "encoder_weight_gradient",
+    "send",
+    "receive",
+    "flush",
+]
 Payload = Literal["activation", "gradient", "prediction", "prediction_gradient"]
 Placement = Literal["linear", "v"]
 Name = Literal["gpipe", "1f1b", "dib", "dib_w", "zb_h1"]

@@ -59,13 +59,20 @@ def training_plan(
     """
     model = config.model
     check_combination(
-        model, config.stages, config.schedule, config.placement, config.reduction,
+        model,
+        config.stages,
+        config.schedule,
+        config.placement,
+        config.reduction,
         config.gradient_flow,
-    )  # fmt: skip
+    )
     layout = choose_layout(model, config.stages, config.placement, config.layout)
     text = format_layout(layout, model)
-    untapped = [stage for stage in layout if not stage.decoders or
-                model.taps[stage.decoders[-1]] != stage.last]  # fmt: skip
+    untapped = [
+        stage
+        for stage in layout
+        if not stage.decoders or model.taps[stage.decoders[-1]] != stage.last
+    ]
     if config.gradient_flow == "local" and untapped:
         raise ConfigError(
             f"gradient_flow=local: layout {text} has blocks that no loss of their stage reaches; "

@@ -101,6 +101,12 @@ def prediction(args: StudyArguments, job: Job) -> Plan:
     """What the planner expects of a job on the cluster that the study names."""
     config = job.config
     return predict(
-        config.model, args.cluster, config.stages, config.schedule, config.microbatch_size,
-        job.microbatches, config.placement, config.reduction,
-    )  # fmt: skip
+        config.model,
+        args.cluster,
+        config.stages,
+        config.schedule,
+        config.microbatch_size,
+        job.microbatches,
+        config.placement,
+        config.reduction,
+    )

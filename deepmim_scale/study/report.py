@@ -21,13 +21,38 @@ Row = dict[str, Any]
 BASELINE = "plain data parallelism with ZeRO-2"
 DRAWS = 2000
 COLUMNS = (
-    "cell", "depth", "stages", "schedule", "placement", "replicas", "microbatches", "parameters",
-    "status", "note", "images_per_second", "images_per_second_p20", "images_per_second_p80",
-    "ratio", "ratio_low", "ratio_high", "images_per_second_per_gpu", "tflops_per_gpu", "mfu",
-    "idle", "simulated_idle", "peak_memory_gib", "loss", "last_decoder_loss", "equal_loss",
-    "loss_difference", "predicted_images_per_second", "predicted_ratio", "predicted_mfu",
-    "predicted_memory_gib", "predicted_fits",
-)  # fmt: skip
+    "cell",
+    "depth",
+    "stages",
+    "schedule",
+    "placement",
+    "replicas",
+    "microbatches",
+    "parameters",
+    "status",
+    "note",
+    "images_per_second",
+    "images_per_second_p20",
+    "images_per_second_p80",
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+    "images_per_second_per_gpu",
+    "tflops_per_gpu",
+    "mfu",
+    "idle",
+    "simulated_idle",
+    "peak_memory_gib",
+    "loss",
+    "last_decoder_loss",
+    "equal_loss",
+    "loss_difference",
+    "predicted_images_per_second",
+    "predicted_ratio",
+    "predicted_mfu",
+    "predicted_memory_gib",
+    "predicted_fits",
+)
 
 
 def ratio_interval(
@@ -243,7 +268,11 @@ def table(rows: list[Row]) -> str:
             heads.setdefault(head, []).append(text)
     columns = [[head, *texts] for head, texts in heads.items() if any(texts)]
     widths = [max(map(len, column)) for column in columns]
-    lines = ["| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-             + " |" for line in zip(*columns, strict=True)]  # fmt: skip
+    lines = [
+        "| "
+        + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
+        + " |"
+        for line in zip(*columns, strict=True)
+    ]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

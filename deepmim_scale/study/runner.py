@@ -64,8 +64,13 @@ def launch_command(args: StudyArguments, cell: Cell, run: str) -> list[str]:
     words = [*cell.job.words, "--output", str(run_folder(args, run))]
     if args.processes == 1:
         return [sys.executable, "-m", PRETRAIN, *words]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner",
-                "--num_accelerators", str(args.gpus_per_node)]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(args.gpus_per_node),
+    ]
     if args.hostfile:
         launcher += ["--hostfile", args.hostfile, "--num_nodes", str(args.nodes)]
     return [*launcher, "--master_port", str(_free_port()), "--module", PRETRAIN, *words]
@@ -86,9 +91,13 @@ def launch(args: StudyArguments, cell: Cell, repeat: int) -> None:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with log_of(args, run).open("w") as log:
         done = subprocess.run(
-            launch_command(args, cell, run), stdout=log, stderr=subprocess.STDOUT, env=environment,
-            stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+            launch_command(args, cell, run),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
         log.write(f"\n{EXIT_CODE} {done.returncode}\n")
 
 
@@ -131,8 +140,10 @@ def run_all(args: StudyArguments, todo: list[tuple[Cell, int]]) -> Iterator[None
         work += cell.depth
         left = (now - began) / work * (total - work)  # a run's time grows with its depth
         rest = f", about {_duration(left)} left" if left else ""
-        print(f"[{number}/{len(todo)}] {run}: {_outcome(args, run)}; {now - start:.0f} s{rest}",
-              flush=True)  # fmt: skip
+        print(
+            f"[{number}/{len(todo)}] {run}: {_outcome(args, run)}; {now - start:.0f} s{rest}",
+            flush=True,
+        )
         yield
 
 
@@ -167,9 +178,12 @@ def environment() -> dict[str, str]:
             return "not installed"
 
     git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-        cwd=Path(__file__).parent, check=False,
-    )  # fmt: skip
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),

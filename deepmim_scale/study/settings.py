@@ -20,11 +20,23 @@ RESULTS = "study.json"
 RUNS = "runs"
 SCHEDULES = ("gpipe", "1f1b", "dib", "dib_w")
 # A study may be extended by these, and predicted for another GPU; all else makes it another study.
-_FREE = frozenset({"output", "depths", "stages", "schedules", "repeats", "gpu", "network",
-                   "hostfile", "dry_run"})  # fmt: skip
+_FREE = frozenset(
+    {"output", "depths", "stages", "schedules", "repeats", "gpu", "network", "hostfile", "dry_run"}
+)
 # Flags of pre-training that the study sets for each cell.
-_TAKEN = ("--preset", "--config", "--data", "--output", "--depth", "--stages", "--schedule",
-          "--steps", "--microbatch-size", "--microbatches", "--global-batch")  # fmt: skip
+_TAKEN = (
+    "--preset",
+    "--config",
+    "--data",
+    "--output",
+    "--depth",
+    "--stages",
+    "--schedule",
+    "--steps",
+    "--microbatch-size",
+    "--microbatches",
+    "--global-batch",
+)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -84,9 +84,18 @@ def prepare(config: RunConfig) -> Task:
     # On every rank, so that a mistake is told before any rank waits for another.
     teacher = build_teacher(config)
     return Task(
-        config, changes, ds_config, filled_in, batch, samples, pipeline, train, held_out,
-        may_resume, teacher,
-    )  # fmt: skip
+        config,
+        changes,
+        ds_config,
+        filled_in,
+        batch,
+        samples,
+        pipeline,
+        train,
+        held_out,
+        may_resume,
+        teacher,
+    )
 
 
 def _check_length(config: RunConfig, steps_per_epoch: int) -> None:

@@ -13,11 +13,37 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # Changing these does not change what is trained.
 _FREE = frozenset(
-    {"preset", "data", "output", "deepspeed_config", "microbatch_size", "microbatches", "stages",
-     "schedule", "placement", "layout", "reschedule_after", "recompute", "reduction", "kernels",
-     "compile", "timeout", "loader", "decode", "loader_threads", "prefetch", "feed", "check_feed",
-     "validate_every", "save_every", "keep_checkpoints", "print_every", "resume", "profile"}
-)  # fmt: skip
+    {
+        "preset",
+        "data",
+        "output",
+        "deepspeed_config",
+        "microbatch_size",
+        "microbatches",
+        "stages",
+        "schedule",
+        "placement",
+        "layout",
+        "reschedule_after",
+        "recompute",
+        "reduction",
+        "kernels",
+        "compile",
+        "timeout",
+        "loader",
+        "decode",
+        "loader_threads",
+        "prefetch",
+        "feed",
+        "check_feed",
+        "validate_every",
+        "save_every",
+        "keep_checkpoints",
+        "print_every",
+        "resume",
+        "profile",
+    }
+)
 # But these cut the model, and where no gradient crosses a cut it matters where that is.
 _CUT = frozenset({"stages", "placement", "layout"})
 

@@ -18,9 +18,13 @@ from deepmim_scale.models import Model, ModelConfig, build_model
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 TINY: dict[str, Any] = {
-    "img_size": 32, "patch_size": 8, "num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 2,
+    "img_size": 32,
+    "patch_size": 8,
+    "num_heads": 4,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 2,
     "decoder_num_heads": 4,
-}  # fmt: skip
+}
 MAE = ModelConfig(method="mae", embed_dim=32, depth=4, **TINY)
 DEEPMIM = {"method": "deepmim", "embed_dim": 16, "depth": 12, "taps": (6, 8, 10, 12)}
 MIRL = ModelConfig(method="mirl", embed_dim=20, depth=12, **TINY)

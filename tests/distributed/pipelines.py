@@ -31,9 +31,15 @@ from deepmim_scale.train.runtime import build_runtime
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS, LEARNING_RATE, EPS = 2, 3, 1e-2, 1e-4
 TINY: dict[str, Any] = {
-    "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 6, "num_heads": 2,
-    "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2,
-}  # fmt: skip
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 6,
+    "num_heads": 2,
+    "decoder_embed_dim": 8,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+}
 # Names of precisions in the planner.
 PLANNED = {"fp32": "fp32", "pure_bfloat16": "pure16", "pure_float16": "pure16"}
 MODELS = {
@@ -55,9 +61,14 @@ def run_config(case: dict[str, Any]) -> RunConfig:
     keys = ("stages", "schedule", "placement", "layout", "reduction", "gradient_flow", "recompute")
     chosen = {key: case[key] for key in keys if key in case}
     return RunConfig(
-        model=model, microbatch_size=BATCH, clip_grad=case.get("clip", 0.0), seed=1, eps=EPS,
-        timeout=60.0, **chosen,
-    )  # fmt: skip
+        model=model,
+        microbatch_size=BATCH,
+        clip_grad=case.get("clip", 0.0),
+        seed=1,
+        eps=EPS,
+        timeout=60.0,
+        **chosen,
+    )
 
 
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:

@@ -58,8 +58,13 @@ def everything(pipeline: Pipeline) -> dict[str, Tensor]:
 
 def run_leg(folder: Path, number: int, case: dict[str, Any], rank: int, port: int) -> None:
     world = case["stages"] * case["replicas"]
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     zero.init_processes(timeout_seconds=60)
     case = case | {"microbatches": MICROBATCHES // case["replicas"]}
     checkpoint = folder / "checkpoints" / f"step_{number:08d}" if number else None

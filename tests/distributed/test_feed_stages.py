@@ -42,18 +42,29 @@ def plan(microbatches):
 
 def feed(root, group, mode, microbatches, **options):
     return build_feed(
-        CONFIG, open_manifest(root), plan(microbatches), replica=0, num_replicas=1,
-        num_microbatches=microbatches, start_step=0, num_steps=STEPS, group=group, mode=mode,
+        CONFIG,
+        open_manifest(root),
+        plan(microbatches),
+        replica=0,
+        num_replicas=1,
+        num_microbatches=microbatches,
+        start_step=0,
+        num_steps=STEPS,
+        group=group,
+        mode=mode,
         **options,
-    )  # fmt: skip
+    )
 
 
 def worker(root, stage):
     """One stage: runs every case in turn on the same group and writes what it saw."""
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(root / "store"), STAGES), rank=stage, world_size=STAGES,
+        "gloo",
+        store=dist.FileStore(str(root / "store"), STAGES),
+        rank=stage,
+        world_size=STAGES,
         timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    )
     group = dist.new_group(range(STAGES))
 
     def seen(name, mode, microbatches, **options):

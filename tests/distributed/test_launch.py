@@ -24,8 +24,24 @@ LAUNCHERS = {
     "python": [sys.executable],
 }
 # 3 steps of the same 16 images, whatever the number of processes.
-SAME = ["--preset", "debug", "--global-batch", "16", "--microbatch-size", "8", "--steps", "3",
-        "--warmup-epochs", "0", "--blr", "0.1", "--eps", "1e-4", "--print-every", "1"]  # fmt: skip
+SAME = [
+    "--preset",
+    "debug",
+    "--global-batch",
+    "16",
+    "--microbatch-size",
+    "8",
+    "--steps",
+    "3",
+    "--warmup-epochs",
+    "0",
+    "--blr",
+    "0.1",
+    "--eps",
+    "1e-4",
+    "--print-every",
+    "1",
+]
 
 
 def pretrain(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -96,8 +112,9 @@ def test_second_start_says_it_is_finished(runs: dict[str, Path], photos: str) ->
     run = str(runs["python"])
     done = finished("python", *SAME, "--data", photos, "--output", run)
     assert f"finished already: 3 steps, results in {run}" in done.stdout
-    other = pretrain("python", *SAME, "--data", photos, "--output", run, "--depth", "24",
-                     "--taps", "even")  # fmt: skip
+    other = pretrain(
+        "python", *SAME, "--data", photos, "--output", run, "--depth", "24", "--taps", "even"
+    )
     assert other.returncode == 2
     assert "holds another run (depth 12 -> 24" in other.stderr
     again = finished("python", "--config", f"{run}/config.json")
@@ -105,8 +122,22 @@ def test_second_start_says_it_is_finished(runs: dict[str, Path], photos: str) ->
 
 
 def test_kill_and_resume_is_exact(photos: str, tmp_path: Path) -> None:
-    words = ["--preset", "debug", "--steps", "6", "--save-every", "2", "--warmup-epochs", "0",
-             "--blr", "0.1", "--validate-every", "0", "--data", photos]  # fmt: skip
+    words = [
+        "--preset",
+        "debug",
+        "--steps",
+        "6",
+        "--save-every",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--blr",
+        "0.1",
+        "--validate-every",
+        "0",
+        "--data",
+        photos,
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished("python", *words, "--output", str(whole))
     launcher = [sys.executable, str(ROOT / "launcher" / "pretrain.py")]
@@ -129,15 +160,31 @@ def test_kill_and_resume_is_exact(photos: str, tmp_path: Path) -> None:
 
 def test_damaged_checkpoint_is_passed_over(photos: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["--preset", "debug_mae", "--save-every", "2", "--validate-every", "0",
-             "--data", photos, "--output", str(run)]  # fmt: skip
+    words = [
+        "--preset",
+        "debug_mae",
+        "--save-every",
+        "2",
+        "--validate-every",
+        "0",
+        "--data",
+        photos,
+        "--output",
+        str(run),
+    ]
     finished("python", *words, "--steps", "4")
     newest = damage(files.step_folder(run, 4))
     done = finished("python", *words, "--steps", "4")
     assert f"warning: {newest}: damaged" in done.stdout
     assert "resuming after step 2" in done.stdout
-    other = pretrain("python", *words, "--steps", "4", "--deepspeed_config",
-                     str(ROOT / "ds_configs" / "a100_bf16.json"))  # fmt: skip
+    other = pretrain(
+        "python",
+        *words,
+        "--steps",
+        "4",
+        "--deepspeed_config",
+        str(ROOT / "ds_configs" / "a100_bf16.json"),
+    )
     assert other.returncode == 2
     assert "precision bfloat16, but this run began with fp32" in other.stderr
     rows = read_metrics(run)
@@ -159,16 +206,34 @@ def damage(checkpoint: Path) -> Path:
 
 
 def test_profile_writes_a_trace(photos: str, tmp_path: Path) -> None:
-    words = ["--preset", "debug_mirl", "--steps", "13", "--microbatch-size", "2", "--profile",
-             "--validate-every", "0"]  # fmt: skip
+    words = [
+        "--preset",
+        "debug_mirl",
+        "--steps",
+        "13",
+        "--microbatch-size",
+        "2",
+        "--profile",
+        "--validate-every",
+        "0",
+    ]
     finished("python", *words, "--data", photos, "--output", str(tmp_path / "run"))
     trace = json.loads((tmp_path / "run" / "trace_rank0.json").read_text())
     assert len(trace["traceEvents"]) > 100
 
 
 def test_bad_input_under_a_launcher(photos: str, tmp_path: Path) -> None:
-    done = pretrain("deepspeed", "--preset", "debug", "--data", photos, "--global-batch", "9",
-                    "--output", str(tmp_path / "run"))  # fmt: skip
+    done = pretrain(
+        "deepspeed",
+        "--preset",
+        "debug",
+        "--data",
+        photos,
+        "--global-batch",
+        "9",
+        "--output",
+        str(tmp_path / "run"),
+    )
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1

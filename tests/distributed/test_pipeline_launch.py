@@ -19,8 +19,22 @@ ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = str(ROOT / "launcher" / "pretrain.py")
 STEPS = 8
 # The same 16 images in each step, whatever the number of stages and replicas.
-SAME = ["--global-batch", "16", "--steps", str(STEPS), "--save-every", "2", "--warmup-epochs", "0",
-        "--blr", "0.1", "--eps", "1e-4", "--validate-every", "0.005"]  # fmt: skip
+SAME = [
+    "--global-batch",
+    "16",
+    "--steps",
+    str(STEPS),
+    "--save-every",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--blr",
+    "0.1",
+    "--eps",
+    "1e-4",
+    "--validate-every",
+    "0.005",
+]
 
 
 def launched(num_processes: int, port: int, *words: str) -> list[str]:
@@ -52,8 +66,21 @@ def kill_after_checkpoint(command: list[str], run: Path) -> None:
 def alone(photos: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Rows of the run on one stage, in one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    finished([sys.executable, PRETRAIN, *SAME, "--preset", "debug", "--microbatch-size", "8",
-              "--data", photos, "--output", str(run)])  # fmt: skip
+    finished(
+        [
+            sys.executable,
+            PRETRAIN,
+            *SAME,
+            "--preset",
+            "debug",
+            "--microbatch-size",
+            "8",
+            "--data",
+            photos,
+            "--output",
+            str(run),
+        ]
+    )
     return read_metrics(run)
 
 
@@ -85,9 +112,24 @@ def test_two_stages_equal_one_and_go_on_as_one(
 
 def test_folded_mirl_with_few_microbatches(photos: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    told = finished(launched(3, 29632, "--preset", "debug_mirl", "--placement", "v", "--stages",
-                             "3", "--microbatch-size", "8", "--data", photos, "--output",
-                             str(run)))  # fmt: skip
+    told = finished(
+        launched(
+            3,
+            29632,
+            "--preset",
+            "debug_mirl",
+            "--placement",
+            "v",
+            "--stages",
+            "3",
+            "--microbatch-size",
+            "8",
+            "--data",
+            photos,
+            "--output",
+            str(run),
+        )
+    )
     warning = "warning: microbatches=2: fewer than the 3 stages, which idle "
     assert [line for line in told.splitlines() if line.startswith(warning)]
     rows = read_metrics(run)

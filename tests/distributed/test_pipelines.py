@@ -45,9 +45,14 @@ def legal_cases(world: int, *, thorough: bool) -> dict[str, Case]:
         METHODS, WORLDS[world], ("linear", "v"), SCHEDULES, REDUCTIONS
     ):
         case = {
-            "method": method, "stages": stages, "placement": placement, "schedule": schedule,
-            "reduction": reduction, "microbatches": 4, "compare": False,
-        }  # fmt: skip
+            "method": method,
+            "stages": stages,
+            "placement": placement,
+            "schedule": schedule,
+            "reduction": reduction,
+            "microbatches": 4,
+            "compare": False,
+        }
         if not is_legal(case) or (stages == 1 and (placement == "v" or schedule != "dib")):
             continue
         # Every schedule with coalesced; strict ZeRO-2 with one of them unless all are asked for.
@@ -68,8 +73,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         command = ["torchrun", "--nproc_per_node", str(world), "--master_port", str(next(port))]
         done = subprocess.run(
             [*command, str(SCRIPT), str(folder / "out"), str(folder / "cases.json")],
-            capture_output=True, text=True, timeout=1200, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((folder / "out.json").read_text()), load_file(folder / "out.safetensors")
 
@@ -162,8 +170,13 @@ def test_three_replicas(run: Run) -> None:
 
 
 def test_recomputation_changes_nothing(run: Run) -> None:
-    base = {"method": "deepmim", "stages": 2, "schedule": "dib", "microbatches": 4,
-            "compare": False}  # fmt: skip
+    base = {
+        "method": "deepmim",
+        "stages": 2,
+        "schedule": "dib",
+        "microbatches": 4,
+        "compare": False,
+    }
     names = ("none", "encoder", "all")
     cases = {name: base | {"recompute": name} for name in names}
     cases |= {f"{n} split": c | {"schedule": "dib_w"} for n, c in list(cases.items())}
@@ -183,8 +196,15 @@ def test_pair_predictions_stay_home_on_the_v(run: Run) -> None:
 
 
 def test_local_gradient_flow_sends_no_gradient(run: Run) -> None:
-    case = {"method": "deepmim", "stages": 2, "schedule": "dib", "microbatches": 4,
-            "gradient_flow": "local", "layout": "2d1d|2d1d", "compare": False}  # fmt: skip
+    case = {
+        "method": "deepmim",
+        "stages": 2,
+        "schedule": "dib",
+        "microbatches": 4,
+        "gradient_flow": "local",
+        "layout": "2d1d|2d1d",
+        "compare": False,
+    }
     results, _ = run(2, {"local": case})
     assert set(results["local"]["bytes"][0]) == {"activation"}
 
@@ -201,14 +221,22 @@ def test_precisions(run: Run) -> None:
             schedules = ("dib",) if world == 1 or method == "mirl" else ("dib", "dib_w", "1f1b")
             for schedule in schedules:
                 cases[f"{method} {name} {schedule}"] = {
-                    "method": method, "stages": world, "schedule": schedule, "microbatches": 4,
-                    "json": name, "compare": False,
-                }  # fmt: skip
+                    "method": method,
+                    "stages": world,
+                    "schedule": schedule,
+                    "microbatches": 4,
+                    "json": name,
+                    "compare": False,
+                }
         for name in PRECISIONS[:2]:
             cases[f"torch {name}"] = {
-                "method": "deepmim", "stages": world, "schedule": "dib", "microbatches": 4,
-                "json": name, "settings": {"communication_data_type": "fp32"},
-            }  # fmt: skip
+                "method": "deepmim",
+                "stages": world,
+                "schedule": "dib",
+                "microbatches": 4,
+                "json": name,
+                "settings": {"communication_data_type": "fp32"},
+            }
         results, tensors[world] = run(world, cases)
         for name, result in results.items():
             counted, expected = result["bytes"]
@@ -225,8 +253,15 @@ def test_precisions(run: Run) -> None:
 
 
 def test_infinity_on_one_stage_skips_the_step_everywhere(run: Run) -> None:
-    base = {"method": "deepmim", "stages": 2, "schedule": "dib", "microbatches": 4,
-            "compare": False, "steps": 3, "infinite_stage": 1}  # fmt: skip
+    base = {
+        "method": "deepmim",
+        "stages": 2,
+        "schedule": "dib",
+        "microbatches": 4,
+        "compare": False,
+        "steps": 3,
+        "infinite_stage": 1,
+    }
     results, _ = run(4, {name: base | {"json": name} for name in ("cpu_fp32", *PRECISIONS)})
     for name, result in results.items():
         votes = result["votes"]

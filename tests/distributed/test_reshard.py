@@ -47,9 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chains.json").write_text(json.dumps(CHAINS))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), str(folder / "chains.json")],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -13,10 +13,35 @@ from deepmim_scale.train.run_folder import load_run_config, read_metrics
 
 def test_two_cells(photos: str, tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    words = [sys.executable, "-m", "deepmim_scale.cli", "study", "--preset", "debug", "--depths",
-             "4", "--stages", "1,2", "--schedules", "dib", "--steps", "3", "--warmup-steps", "1",
-             "--gpus-per-node", "2", "--data", photos, "--output", str(folder), "--",
-             "--warmup-epochs", "0", "--blr", "0.1"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "deepmim_scale.cli",
+        "study",
+        "--preset",
+        "debug",
+        "--depths",
+        "4",
+        "--stages",
+        "1,2",
+        "--schedules",
+        "dib",
+        "--steps",
+        "3",
+        "--warmup-steps",
+        "1",
+        "--gpus-per-node",
+        "2",
+        "--data",
+        photos,
+        "--output",
+        str(folder),
+        "--",
+        "--warmup-epochs",
+        "0",
+        "--blr",
+        "0.1",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     baseline, pipeline = json.loads((folder / "study.json").read_text())["rows"]

@@ -64,12 +64,34 @@ def start(
     folder: Path, *words: str, world: int = WORLD, before: str = ""
 ) -> list[subprocess.Popen[bytes]]:
     """Ranks of a run without end; what they say is in folder/RANK.stderr."""
-    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    command = [sys.executable, "-c", before + RUN, "--preset", "debug", "--output",
-               str(folder / "run"), "--steps", "1000000", "--warmup-epochs", "0",
-               "--microbatches", "2", "--microbatch-size", "2", "--validate-every", "0",
-               "--timeout", str(TIMEOUT), *words]  # fmt: skip
+    launch = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        before + RUN,
+        "--preset",
+        "debug",
+        "--output",
+        str(folder / "run"),
+        "--steps",
+        "1000000",
+        "--warmup-epochs",
+        "0",
+        "--microbatches",
+        "2",
+        "--microbatch-size",
+        "2",
+        "--validate-every",
+        "0",
+        "--timeout",
+        str(TIMEOUT),
+        *words,
+    ]
     processes = []
     for rank in range(world):
         environment = os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -104,9 +126,12 @@ def said(folder: Path) -> list[str]:
 
 
 def check_survivors(
-    processes: list[subprocess.Popen[bytes]], victim: int, fault: signal.Signals, folder: Path,
+    processes: list[subprocess.Popen[bytes]],
+    victim: int,
+    fault: signal.Signals,
+    folder: Path,
     stages: int,
-) -> float:  # fmt: skip
+) -> float:
     """Let `fault` happen to `victim`; returns the seconds until the last survivor is gone."""
     os.kill(processes[victim].pid, fault)
     began = time.monotonic()
@@ -144,8 +169,9 @@ def test_a_rank_with_an_error_of_its_own(photos: str, tmp_path: Path) -> None:
     assert "Traceback" in second
     assert re.fullmatch(
         r"error: rank 1, stage 0, micro-batch 0, instruction forward, in executor\.\w+: "
-        r"KeyError: 'planted'", second.splitlines()[-1]
-    ), second  # fmt: skip
+        r"KeyError: 'planted'",
+        second.splitlines()[-1],
+    ), second
     assert "Connection" in first.splitlines()[-1], first
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 2, "two steps of two micro-batches were whole"
@@ -154,13 +180,17 @@ def test_a_rank_with_an_error_of_its_own(photos: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("victim", range(WORLD))
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
-@pytest.mark.parametrize("words", [
-    ("--stages", "2", "--schedule", "1f1b"),
-    ("--stages", "2", "--reduction", "per_microbatch"),
-    ("--stages", "4", "--schedule", "dib_w"),
-    ("--stages", "4", "--save-every", "1"),
-    ("--stages", "1"),
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--stages", "2", "--schedule", "1f1b"),
+        ("--stages", "2", "--reduction", "per_microbatch"),
+        ("--stages", "4", "--schedule", "dib_w"),
+        ("--stages", "4", "--save-every", "1"),
+        ("--stages", "1"),
+    ],
+    ids=" ".join,
+)
 def test_any_rank_at_any_moment(
     photos: str, tmp_path: Path, words: tuple[str, ...], fault: signal.Signals, victim: int
 ) -> None:

@@ -110,9 +110,11 @@ def test_hsic_is_the_mean_over_four_images() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), images=st.integers(5, 30), width=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    images=st.integers(5, 30),
+    width=st.integers(1, 40),
     scale=st.floats(1e-2, 1e2),
-)  # fmt: skip
+)
 def test_cka_properties(seed: int, images: int, width: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(images, width, generator=generator, dtype=torch.float64)
@@ -142,8 +144,19 @@ def test_spread_takes_all_classes(data: Path) -> None:
 
 def test_attention_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
     run = str(finished_run("debug"))
-    main(["analyse", "attention", run, "--data", str(data), "--images", "4", "--output",
-          str(tmp_path / "pictures")])  # fmt: skip
+    main(
+        [
+            "analyse",
+            "attention",
+            run,
+            "--data",
+            str(data),
+            "--images",
+            "4",
+            "--output",
+            str(tmp_path / "pictures"),
+        ]
+    )
     content = json.loads((tmp_path / "pictures" / "attention.json").read_text())
     assert content["images"] == 4
     assert [len(block["distances"]) for block in content["blocks"]] == [4] * 12
@@ -166,8 +179,19 @@ def test_cka_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
 
 def test_reconstruct_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
     """With norm_pix the guess knows as much as the decoders: every masked patch's mean."""
-    main(["analyse", "reconstruct", str(finished_run("debug")), "--data", str(data), "--output",
-          str(tmp_path), "--json", str(tmp_path / "x.json")])  # fmt: skip
+    main(
+        [
+            "analyse",
+            "reconstruct",
+            str(finished_run("debug")),
+            "--data",
+            str(data),
+            "--output",
+            str(tmp_path),
+            "--json",
+            str(tmp_path / "x.json"),
+        ]
+    )
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["images"] == 9
     assert list(content["errors"]) == ["block03", "block06", "block09", "block12", "patch mean"]
@@ -262,7 +286,7 @@ CASES = {
     "json": (["cka", "RUN", "--json", "/proc/nowhere/x"], "json=/proc/nowhere/x: cannot be"),
     "pictures": (["reconstruct", "RUN", "--output", "/proc/nowhere"], "output=/proc/nowhere/rec"),
     "no val": (["attention", "RUN", "--data", "RUN"], "has no held-out part"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,8 +56,10 @@ CASES = {
     "negative": (["--blr", "-1"], "blr=-1.0: must not be negative"),
     "resume": (["--resume", "required"], "resume=required:"),
     "no apex": (["--optimizer", "apex"], "optimizer=apex: NVIDIA apex is not installed"),
-    "config and preset": (["--config", "run.json"],
-        "config=run.json: is a whole run and takes no preset=debug; give one of the two"),
+    "config and preset": (
+        ["--config", "run.json"],
+        "config=run.json: is a whole run and takes no preset=debug; give one of the two",
+    ),
     "infinite rate": (["--blr", "inf"], "error: blr=inf: must be finite"),
     "infinite length": (["--epochs", "inf"], "error: epochs=inf: must be finite"),
     "infinite wait": (["--timeout", "inf"], "error: timeout=inf: must be finite"),
@@ -69,21 +71,33 @@ CASES = {
     "thin MLP": (["--mlp-ratio", "0.02"], "mlp_ratio=0.02: leaves an MLP without hidden units"),
     "negative MLP": (["--mlp-ratio", "-4"], "mlp_ratio=-4.0: leaves an MLP without hidden units"),
     "grey images": (["--in-chans", "1"], "in_chans=1: images are read as RGB; leave it at 3"),
-    "no step": (["--epochs", "0.001"],
-        "epochs=0.001: less than a step, an epoch has 2 steps; raise --epochs or give --steps"),
-    "short profile": (["--profile", "--steps", "12"],
-        "profile=True: traces steps 11 to 13, the run has 12 steps; give more --steps or leave"),
-    "depth alone": (["--depth", "24"],
+    "no step": (
+        ["--epochs", "0.001"],
+        "epochs=0.001: less than a step, an epoch has 2 steps; raise --epochs or give --steps",
+    ),
+    "short profile": (
+        ["--profile", "--steps", "12"],
+        "profile=True: traces steps 11 to 13, the run has 12 steps; give more --steps or leave",
+    ),
+    "depth alone": (
+        ["--depth", "24"],
         "taps=3,6,9,12: must end at block 24 (depth), so that every block is trained; "
-        "use --taps even"),
+        "use --taps even",
+    ),
     "no decoder": (["--taps", "even:0"], "error: taps=even:0: must be even, even:N (N from 1) or"),
-    "too many decoders": (["--taps", "even:13"],
-        "taps=even:13: more decoders than blocks; use at most even:12 (depth)"),
-    "switch with =": (["--norm-pix=false"],
-        "--norm-pix=false: takes no value; use --norm-pix or --no-norm-pix"),
-    "switch with a word": (["--norm_pix", "False"],
-        "--norm-pix=False: takes no value; use --norm-pix or --no-norm-pix"),
-}  # fmt: skip
+    "too many decoders": (
+        ["--taps", "even:13"],
+        "taps=even:13: more decoders than blocks; use at most even:12 (depth)",
+    ),
+    "switch with =": (
+        ["--norm-pix=false"],
+        "--norm-pix=false: takes no value; use --norm-pix or --no-norm-pix",
+    ),
+    "switch with a word": (
+        ["--norm_pix", "False"],
+        "--norm-pix=False: takes no value; use --norm-pix or --no-norm-pix",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,13 +108,27 @@ def test_command_line(name: str, data: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_bfloat16_runs_on_a_cpu(data: Path, tmp_path: Path) -> None:
-    words = ["--preset", "debug_mae", "--depth", "2", "--data", str(data), "--steps", "1",
-             "--deepspeed_config", str(ROOT / "ds_configs" / "a100_bf16.json"),
-             "--output", str(tmp_path / "run")]  # fmt: skip
+    words = [
+        "--preset",
+        "debug_mae",
+        "--depth",
+        "2",
+        "--data",
+        str(data),
+        "--steps",
+        "1",
+        "--deepspeed_config",
+        str(ROOT / "ds_configs" / "a100_bf16.json"),
+        "--output",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(
-        [sys.executable, "launcher/pretrain.py", *words], capture_output=True, text=True,
-        cwd=ROOT, check=False,
-    )  # fmt: skip
+        [sys.executable, "launcher/pretrain.py", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step 1/1" in done.stdout
     assert "taps=(2,)" in done.stdout, "MAE's tap follows the depth"
@@ -122,11 +150,22 @@ def test_config_file(tmp_path: Path, capsys) -> None:
     assert "error: blr=inf: must be finite" in error_of(["--config", str(path)], capsys)
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    ([], ["preset debug: data=DATA output=RUN steps=1", "8 = 8 x 1 micro-batch x 1 replica; lr"]),
-    (["--microbatches", "2"], ["preset debug: data=DATA output=RUN steps=1 microbatches=2",
-                               "16 = 8 x 2 micro-batches x 1 replica; lr"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            [],
+            ["preset debug: data=DATA output=RUN steps=1", "8 = 8 x 1 micro-batch x 1 replica; lr"],
+        ),
+        (
+            ["--microbatches", "2"],
+            [
+                "preset debug: data=DATA output=RUN steps=1 microbatches=2",
+                "16 = 8 x 2 micro-batches x 1 replica; lr",
+            ],
+        ),
+    ],
+)
 def test_start_says_what_was_set(
     words: list[str], expected: list[str], data: Path, tmp_path: Path
 ) -> None:
@@ -137,8 +176,9 @@ def test_start_says_what_was_set(
 
 
 def test_a_run_needs_no_preset(data: Path, tmp_path: Path) -> None:
-    config = RunConfig(data=str(data), output=str(tmp_path), steps=1, global_batch=16,
-                       microbatch_size=16)  # fmt: skip
+    config = RunConfig(
+        data=str(data), output=str(tmp_path), steps=1, global_batch=16, microbatch_size=16
+    )
     assert next(describe(prepare(config))).startswith("preset none: data=")
 
 
@@ -179,19 +219,32 @@ def test_output_folder(tmp_path: Path, data: Path, capsys) -> None:
 
 JSONS = {
     "syntax": ('{\n  "zero_optimization": {,}\n}', "no valid JSON at line 2 column 25"),
-    "top-level typo": ({"grandient_accumulation_steps": 2},
-                       "did you mean gradient_accumulation_steps?"),
-    "nested typo": ({"zero_optimization": {"stage": 2, "reduce_bucket": 5}},
-                    "zero_optimization.reduce_bucket: unknown key; did you mean "
-                    "zero_optimization.reduce_bucket_size?"),
+    "top-level typo": (
+        {"grandient_accumulation_steps": 2},
+        "did you mean gradient_accumulation_steps?",
+    ),
+    "nested typo": (
+        {"zero_optimization": {"stage": 2, "reduce_bucket": 5}},
+        "zero_optimization.reduce_bucket: unknown key; did you mean "
+        "zero_optimization.reduce_bucket_size?",
+    ),
     "stage": ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: must be 2"),
-    "type": ({"gradient_clipping": "much", "zero_optimization": {"stage": 2}},
-             "gradient_clipping='much': must be a number"),
+    "type": (
+        {"gradient_clipping": "much", "zero_optimization": {"stage": 2}},
+        "gradient_clipping='much': must be a number",
+    ),
     "elsewhere": ({"optimizer": {}, "zero_optimization": {"stage": 2}}, "optimizer: not taken"),
-    "disagrees": ({"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 2}},
-                  "gradient_accumulation_steps=7: the command line gives 1"),
-    "fp16 on a CPU": ({"torch_autocast": {"enabled": True, "dtype": "float16"},
-                       "zero_optimization": {"stage": 2}}, "float16 needs a GPU"),
+    "disagrees": (
+        {"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 2}},
+        "gradient_accumulation_steps=7: the command line gives 1",
+    ),
+    "fp16 on a CPU": (
+        {
+            "torch_autocast": {"enabled": True, "dtype": "float16"},
+            "zero_optimization": {"stage": 2},
+        },
+        "float16 needs a GPU",
+    ),
     "list": ("[]", "must hold a JSON object"),
     **{
         key: ({key: value, "zero_optimization": {"stage": 2}}, f"{key}: not taken from this file")
@@ -202,17 +255,27 @@ JSONS = {
             ("seq_parallel_communication_data_type", "fp32"),
         )
     },
-    "no such type": ({"communication_data_type": "int8", "zero_optimization": {"stage": 2}},
-                     "communication_data_type='int8': must be one of fp16, bf16, fp32"),
-    "no printing": ({"steps_per_print": 0, "zero_optimization": {"stage": 2}},
-                    "steps_per_print=0: must be at least 1"),
-    "no bucket": ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
-                  "zero_optimization.reduce_bucket_size=0: must be at least 1"),
-    "endless bucket": ({"zero_optimization": {"stage": 2, "allgather_bucket_size": float("inf")}},
-                       "zero_optimization.allgather_bucket_size=inf: must be at least 1"),
-    "dtype": ({"torch_autocast": {"enabled": True, "dtype": "fp16"},
-               "zero_optimization": {"stage": 2}}, "must be bfloat16 or float16"),
-}  # fmt: skip
+    "no such type": (
+        {"communication_data_type": "int8", "zero_optimization": {"stage": 2}},
+        "communication_data_type='int8': must be one of fp16, bf16, fp32",
+    ),
+    "no printing": (
+        {"steps_per_print": 0, "zero_optimization": {"stage": 2}},
+        "steps_per_print=0: must be at least 1",
+    ),
+    "no bucket": (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
+        "zero_optimization.reduce_bucket_size=0: must be at least 1",
+    ),
+    "endless bucket": (
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": float("inf")}},
+        "zero_optimization.allgather_bucket_size=inf: must be at least 1",
+    ),
+    "dtype": (
+        {"torch_autocast": {"enabled": True, "dtype": "fp16"}, "zero_optimization": {"stage": 2}},
+        "must be bfloat16 or float16",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", JSONS)
@@ -234,18 +297,24 @@ def test_wrong_apex(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     assert "PyPI's web toolkit" in error_of([*words, "--optimizer", "apex"], capsys)
 
 
-@pytest.mark.parametrize("command", [
-    ["-m", "deepmim_scale.cli"],
-    ["launcher/pretrain.py"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "deepmim_scale.cli"],
+        ["launcher/pretrain.py"],
+    ],
+)
 def test_help_is_quick(command: list[str]) -> None:
     best = 9.9
     for _ in range(3):  # the best of three: the machine may be busy
         began = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT,
+            [sys.executable, *command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
             check=False,
-        )  # fmt: skip
+        )
         best = min(best, time.perf_counter() - began)
         assert done.returncode == 0
         assert "pretrain" in done.stdout
@@ -255,8 +324,11 @@ def test_help_is_quick(command: list[str]) -> None:
 def test_no_traceback_in_a_real_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "launcher/pretrain.py", "--preset", "debug", "--taps", "99"],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "error: taps=99: must end at block 12 (depth), so that every block is trained; "

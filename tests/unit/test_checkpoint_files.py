@@ -30,8 +30,10 @@ def test_round_trip_and_pruning(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         write(tmp_path, step)
     assert [folder.name for folder in files.saved(tmp_path)] == [
-        "step_00000001", "step_00000002", "step_00000010",
-    ]  # fmt: skip
+        "step_00000001",
+        "step_00000002",
+        "step_00000010",
+    ]
     folder, problems = files.newest(tmp_path)
     assert (folder, problems) == (files.step_folder(tmp_path, 10), [])
     tensors = files.read_tensors(folder, "weights")

@@ -32,10 +32,14 @@ NETWORK = {
     "embed_dim": WIDTH,
     "quick_gelu": True,
     "vision_cfg": {
-        "image_size": SIZE, "patch_size": PATCH, "layers": 2, "width": 64, "head_width": 16,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+        "layers": 2,
+        "width": 64,
+        "head_width": 16,
     },
     "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 16, "heads": 2, "layers": 1},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,11 @@ def test_training_lowers_the_loss(clip: Clip, data: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "launcher/pretrain.py", *words(clip, data, run)],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_metrics(run)
     for name in ("block02", "block04"):
@@ -155,7 +162,7 @@ BAD = {
     "damaged": (f"--teacher-weights {__file__}", "give a local file with the state dict of"),
     "grid": ("--patch-size 16", "17 tokens from image size 32 and patch size 8, the model has 5"),
     "width": ("--teacher-dim 512", "teacher_dim=512: the features of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -125,17 +125,32 @@ def test_training_reaches_the_same_losses(tmp_path):
     assert write_samples(tmp_path / "set")
     manifest = open_manifest(tmp_path / "set" / "train")
     model_config = ModelConfig(
-        method="mae", norm_pix=False, img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4,
-        decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4,
-    )  # fmt: skip
+        method="mae",
+        norm_pix=False,
+        img_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        decoder_embed_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=4,
+    )
     config = RunConfig(model=model_config, microbatch_size=32)
     curves = {}
     for loader in ("torch", "dali"):
         backend, _ = build_backend(config, manifest, 32, torch.device("cpu"), loader)
         feed = build_feed(
-            config, manifest, SamplePlan(len(manifest), 0, 32), replica=0, num_replicas=1,
-            num_microbatches=1, start_step=0, num_steps=120, backend=backend,
-        )  # fmt: skip
+            config,
+            manifest,
+            SamplePlan(len(manifest), 0, 32),
+            replica=0,
+            num_replicas=1,
+            num_microbatches=1,
+            start_step=0,
+            num_steps=120,
+            backend=backend,
+        )
         model = build_model(model_config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []

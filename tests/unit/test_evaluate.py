@@ -97,8 +97,21 @@ def test_linear_probe_learns_what_is_linear() -> None:
 def test_command(probe: str, data: Path, finished_run, tmp_path: Path, capsys) -> None:
     file = tmp_path / "table.json"
     words = ["--k", "5"] if probe == "knn" else []
-    main(["evaluate", probe, str(finished_run("debug")), "--data", str(data), "--pool", "mean",
-          "class", "--json", str(file), *words])  # fmt: skip
+    main(
+        [
+            "evaluate",
+            probe,
+            str(finished_run("debug")),
+            "--data",
+            str(data),
+            "--pool",
+            "mean",
+            "class",
+            "--json",
+            str(file),
+            *words,
+        ]
+    )
     result, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert "| encoder | features | mean | class |" in printed
     assert "18 training and 8 held-out images, 3 classes" in printed
@@ -136,9 +149,13 @@ CASES = {
     "no k": ("knn", ["--k", "0"], _remove(), "k=0: must be from 1"),
     "json": ("knn", ["--json", "/proc/nowhere/x"], _remove(), "json=/proc/nowhere/x: cannot be"),
     "unknown pool": ("knn", ["--pool", "max"], _remove(), "invalid choice 'max'"),
-    "few images": ("linear", [], lambda data: [
-        (data / f"train/red/{n}.png").unlink() for n in (0, 1)], "4 training images of class red"),
-}  # fmt: skip
+    "few images": (
+        "linear",
+        [],
+        lambda data: [(data / f"train/red/{n}.png").unlink() for n in (0, 1)],
+        "4 training images of class red",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -109,13 +109,26 @@ def test_hf(preset: str, finished_run, images: Tensor, tmp_path: Path) -> None:
     got = hf_forward(weights, images, config["num_attention_heads"], config["patch_size"])
     torch.testing.assert_close(got, last(finished_run(preset), images), rtol=1e-5, atol=1e-5)
     # What is left is ViTMAE's decoder, for MAE only.
-    parts = {f"{part}.{kind}" for part in (
-        "attention.attention.query", "attention.attention.key", "attention.attention.value",
-        "attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before",
-        "layernorm_after") for kind in ("weight", "bias")}  # fmt: skip
+    parts = {
+        f"{part}.{kind}"
+        for part in (
+            "attention.attention.query",
+            "attention.attention.key",
+            "attention.attention.value",
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+            "layernorm_before",
+            "layernorm_after",
+        )
+        for kind in ("weight", "bias")
+    }
     decoder = {f"decoder.decoder_layers.{n}.{part}" for n in range(2) for part in parts}
-    decoder |= {f"decoder.decoder_{part}.{kind}" for part in ("embed", "norm", "pred")
-                for kind in ("weight", "bias")}  # fmt: skip
+    decoder |= {
+        f"decoder.decoder_{part}.{kind}"
+        for part in ("embed", "norm", "pred")
+        for kind in ("weight", "bias")
+    }
     decoder |= {"decoder.mask_token", "decoder.decoder_pos_embed"}
     assert set(weights) == (decoder if preset == "debug_mae" else set())
     assert config["model_type"] == ("vit_mae" if preset == "debug_mae" else "vit")
@@ -162,16 +175,20 @@ def test_header(finished_run, tmp_path: Path) -> None:
 CASES = {
     "no run": (["nowhere", "--output", "x.safetensors"], "nowhere: is no run"),
     "no output": (["RUN"], "Missing from deepmim-scale export: --output"),
-    "unknown format": (["RUN", "--output", "x.safetensors", "--format", "onnx"],
-                       "invalid choice 'onnx'"),
+    "unknown format": (
+        ["RUN", "--output", "x.safetensors", "--format", "onnx"],
+        "invalid choice 'onnx'",
+    ),
     "no file": (["RUN", "--output", "x"], "output=x: must be a file that ends in .safetensors"),
     "not writable": (["RUN", "--output", "/proc/nowhere/x.safetensors"], "cannot be written"),
     "exists": (["RUN", "--output", "old.safetensors"], "output=old.safetensors: exists; delete it"),
     "hf file": (["RUN", "--output", "x.safetensors", "--format", "hf"], "name the file so"),
-    "hf beside a run": (["RUN", "--output", "RUN/model.safetensors", "--format", "hf"],
-                        "config.json: exists"),
+    "hf beside a run": (
+        ["RUN", "--output", "RUN/model.safetensors", "--format", "hf"],
+        "config.json: exists",
+    ),
     "no checkpoint": (["empty", "--output", "x.safetensors"], "no checkpoints/step_* in empty"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

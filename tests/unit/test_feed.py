@@ -22,11 +22,19 @@ from deepmim_scale.data.sample_plan import SamplePlan, crops, flips, permutation
 
 CONFIG = RunConfig(
     model=ModelConfig(
-        method="mae", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2,
-        decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2,
+        method="mae",
+        img_size=16,
+        patch_size=4,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=2,
     ),
-    microbatch_size=3, loader_threads=2,
-)  # fmt: skip
+    microbatch_size=3,
+    loader_threads=2,
+)
 
 
 def write_images(root, count=26):
@@ -45,9 +53,16 @@ def manifest(tmp_path):
 
 def make(manifest, *, start=0, steps=6, replica=0, replicas=1, microbatches=4, **options):
     return build_feed(
-        CONFIG, manifest, SamplePlan(len(manifest), 5, 12), replica=replica, num_replicas=replicas,
-        num_microbatches=microbatches, start_step=start, num_steps=steps, **options,
-    )  # fmt: skip
+        CONFIG,
+        manifest,
+        SamplePlan(len(manifest), 5, 12),
+        replica=replica,
+        num_replicas=replicas,
+        num_microbatches=microbatches,
+        start_step=start,
+        num_steps=steps,
+        **options,
+    )
 
 
 def flat(steps):

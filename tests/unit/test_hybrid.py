@@ -21,8 +21,15 @@ from deepmim_scale.train.pretrain import main
 from deepmim_scale.train.run_folder import load_run_config, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "decoder_depth": 1,
-         "decoder_embed_dim": 16, "decoder_num_heads": 2}  # fmt: skip
+SMALL = {
+    "img_size": 24,
+    "patch_size": 8,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "decoder_depth": 1,
+    "decoder_embed_dim": 16,
+    "decoder_num_heads": 2,
+}
 
 
 def test_even_alphas() -> None:
@@ -33,9 +40,7 @@ def test_even_alphas() -> None:
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_losses_equal_the_formula(norm_pix: bool) -> None:
     alphas = (0.0, 0.3, 1.0)
-    config = ModelConfig(
-        depth=3, taps=(1, 2, 3), norm_pix=norm_pix, hybrid_alphas=alphas, **SMALL
-    )  # fmt: skip
+    config = ModelConfig(depth=3, taps=(1, 2, 3), norm_pix=norm_pix, hybrid_alphas=alphas, **SMALL)
     mae = ModelConfig(method="mae", depth=2, norm_pix=norm_pix, **SMALL)
     model, generator = build_model(config).double(), Generator(build_model(mae, seed=1).double())
     images, noise = torch.randn(2, 3, 24, 24).double(), torch.rand(2, 9)
@@ -70,15 +75,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
     small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
-    return ["--data", str(data), "--output", str(run), "--depth=4", "--microbatch-size=4",
-            "--steps=2", "--warmup-epochs=0", *small, *more]  # fmt: skip
+    return [
+        "--data",
+        str(data),
+        "--output",
+        str(run),
+        "--depth=4",
+        "--microbatch-size=4",
+        "--steps=2",
+        "--warmup-epochs=0",
+        *small,
+        *more,
+    ]
 
 
 def pretrain(*command: str) -> None:
     done = subprocess.run(
         [sys.executable, "launcher/pretrain.py", *command],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -113,7 +131,7 @@ BAD = {
     "count": ("--hybrid MAE --hybrid-alphas 0 1", "hybrid_alphas=0,1: must be 3 numbers"),
     "range": ("--hybrid MAE --hybrid-alphas 0 2 1", "hybrid_alphas=0,2,1: must lie in [0, 1]"),
     "no generator": ("--hybrid-alphas 0 0.5 1", "need a run of method mae; give --hybrid RUN"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -139,10 +139,13 @@ def test_layout_examples():
         ("6dd|6d", r"'6dd' is no stage"),
         ("1" * 60 + "x", r"is no stage"),
         ("0|6d2d2d2d|0", r"at least one block in each stage"),
-        ("3d|3d|6d", r"decoders after blocks \[3, 6, 12\], but taps=\[6, 8, 10, 12\]; "
-                     r"write 3\|3d\|2d2d2d"),
+        (
+            "3d|3d|6d",
+            r"decoders after blocks \[3, 6, 12\], but taps=\[6, 8, 10, 12\]; "
+            r"write 3\|3d\|2d2d2d",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_layouts(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_layout(text, model(12, (6, 8, 10, 12)))

@@ -146,8 +146,14 @@ def test_long_steps_continue_at_the_slowest_rank(network):
         layout = layout_of(config, 4)
         rate = 125e12 * 0.38 * 32 / 34
         # Every boundary is between two nodes, whose card 8 replicas share.
-        times = times_of(config, layout, 32, rate, lambda *_: 8 / (NETWORKS[network] * 1e9),
-                         split=name == "dib_w")  # fmt: skip
+        times = times_of(
+            config,
+            layout,
+            32,
+            rate,
+            lambda *_: 8 / (NETWORKS[network] * 1e9),
+            split=name == "dib_w",
+        )
         exact = build(name, pipeline_of(config, layout), 24, times, memory_of(config, layout, 32))
         compute = plan.step_seconds - plan.reduction_seconds
         assert compute == pytest.approx(exact.timeline.makespan, rel=0.04), name
@@ -229,21 +235,57 @@ def run(command, *flags):
 
 def test_plan_command(tmp_path, capsys):
     path = tmp_path / "plan.json"
-    run("plan", "--preset", "mirl_vit_b_48", "--nodes", "4", "--gpus-per-node", "8", "--gpu",
-        "v100-32g", "--network", "25gbe", "--json", str(path))  # fmt: skip
+    run(
+        "plan",
+        "--preset",
+        "mirl_vit_b_48",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "8",
+        "--gpu",
+        "v100-32g",
+        "--network",
+        "25gbe",
+        "--json",
+        str(path),
+    )
     report = json.loads(path.read_text())
     assert report["best"] == report["plans"][0]
-    fields = {"stages", "replicas", "microbatch", "schedule", "step_seconds", "images_per_second",
-              "memory_bytes"}  # fmt: skip
+    fields = {
+        "stages",
+        "replicas",
+        "microbatch",
+        "schedule",
+        "step_seconds",
+        "images_per_second",
+        "memory_bytes",
+    }
     assert all(fields <= plan.keys() for plan in report["plans"])
     assert "best: data parallelism alone, --stages 1" in capsys.readouterr().out
 
 
 def test_schedule_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    run("schedule", "--preset", "deepmim_vit_b_12", "--taps", "even", "--stages", "4",
-        "--microbatches", "8", "--schedule", "dib_w", "--json", f"{tmp_path}/s.json",
-        "--picture", f"{tmp_path}/s.png", "--trace", f"{tmp_path}/s.trace.json")  # fmt: skip
+    run(
+        "schedule",
+        "--preset",
+        "deepmim_vit_b_12",
+        "--taps",
+        "even",
+        "--stages",
+        "4",
+        "--microbatches",
+        "8",
+        "--schedule",
+        "dib_w",
+        "--json",
+        f"{tmp_path}/s.json",
+        "--picture",
+        f"{tmp_path}/s.png",
+        "--trace",
+        f"{tmp_path}/s.trace.json",
+    )
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["layout"] == "3d|3d|3d|3d"
     assert report["speedup_over_1f1b"] >= 0.97 * 1.32
@@ -266,8 +308,13 @@ def test_svg_of_the_v(tmp_path):
     pytest.importorskip("matplotlib")
     config = model("debug_mirl")
     layout = layout_of(config, 3, "v")
-    built = build("dib", pipeline_of(config, layout, "v"), 3, times_of(config, layout, 8, 1e9),
-                  memory_of(config, layout, 8))  # fmt: skip
+    built = build(
+        "dib",
+        pipeline_of(config, layout, "v"),
+        3,
+        times_of(config, layout, 8, 1e9),
+        memory_of(config, layout, 8),
+    )
     draw_gantt(built.timeline, tmp_path / "v.svg", "V")
     assert "deep stage" in (tmp_path / "v.svg").read_text()
     names = {event["name"] for event in chrome_trace(built.timeline)["traceEvents"]}
@@ -299,25 +346,39 @@ def test_activations_beyond_the_gpu_warn(capsys):
         ("plan --preset debug --global-batch 100", "global_batch=100: .*use a multiple of 64"),
         ("schedule --preset debug --stages 13 --microbatches 2", "stages=13: deepmim .* 1 to 12"),
         ("schedule --preset debug --stages 2 --microbatches 0", "microbatches=0: must be positive"),
-        ("schedule --preset debug --stages 2 --microbatches 2 --placement v",
-         "placement=v: deepmim is defined for placement linear"),
-        ("schedule --preset debug_mirl --stages 4 --microbatches 2",
-         "stages=4: mirl .* can be cut into 1, 2, 3, 6 stages"),
-        ("schedule --preset debug_mirl --stages 3 --microbatches 2 --schedule dib_w",
-         "schedule=dib_w: mirl is defined for schedule gpipe, 1f1b, dib"),
-        ("schedule --preset debug --stages 2 --microbatches 2 --layout 3d|3d|3d3d",
-         "layout=.*: has 3 stages, but stages=2"),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --placement v",
+            "placement=v: deepmim is defined for placement linear",
+        ),
+        (
+            "schedule --preset debug_mirl --stages 4 --microbatches 2",
+            "stages=4: mirl .* can be cut into 1, 2, 3, 6 stages",
+        ),
+        (
+            "schedule --preset debug_mirl --stages 3 --microbatches 2 --schedule dib_w",
+            "schedule=dib_w: mirl is defined for schedule gpipe, 1f1b, dib",
+        ),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --layout 3d|3d|3d3d",
+            "layout=.*: has 3 stages, but stages=2",
+        ),
         ("schedule --preset debug --stages 2 --microbatches 2 --taps 5,6", "taps=5,6: must end"),
-        ("schedule --preset debug --stages 2 --microbatches 2 --microbatch-size -3",
-         "microbatch_size=-3: must be positive"),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --microbatch-size -3",
+            "microbatch_size=-3: must be positive",
+        ),
         ("plan --preset debug --global-batch 0", "global_batch=0: must be positive"),
-        ("schedule --preset debug --stages 2 --microbatches 2 --picture a.gif",
-         "picture=a.gif: must end in .png or .svg"),
-        ("schedule --preset debug --stages 2 --microbatches 2 --trace /proc/none/t",
-         "trace=/proc/none/t: cannot be written"),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --picture a.gif",
+            "picture=a.gif: must end in .png or .svg",
+        ),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --trace /proc/none/t",
+            "trace=/proc/none/t: cannot be written",
+        ),
         ("plan --preset debug --json /proc/none/p", "json=/proc/none/p: cannot be written"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(flags, message):
     with pytest.raises(ConfigError, match=message) as error:
         run(*flags.split())

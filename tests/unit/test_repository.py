@@ -13,21 +13,44 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "deepmim_scale"
 # A module may import from its own layer and from those below it.
 LAYERS = {
-    "config": 0, "presets": 0, "arguments": 0, "ds_config": 0, "plan": 0,
-    "models": 1, "targets": 1, "data": 1,
+    "config": 0,
+    "presets": 0,
+    "arguments": 0,
+    "ds_config": 0,
+    "plan": 0,
+    "models": 1,
+    "targets": 1,
+    "data": 1,
     "parallel": 2,
-    "train": 3, "checkpoint": 3,
-    "evaluate": 4, "analysis": 4, "study": 4,
+    "train": 3,
+    "checkpoint": 3,
+    "evaluate": 4,
+    "analysis": 4,
+    "study": 4,
     "cli": 5,
-}  # fmt: skip
+}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What --help and every check of a user's input run through.
 WITHOUT_TORCH = [
-    "config", "presets", "arguments", "ds_config", "cli", "train.run_folder", "train.pretrain",
-    "plan.cost", "plan.hardware", "analysis.commands", "evaluate.commands", "data.commands",
-    "checkpoint.commands", "evaluate.classes", "data.manifest", "data.sample_plan", "study.cells",
+    "config",
+    "presets",
+    "arguments",
+    "ds_config",
+    "cli",
+    "train.run_folder",
+    "train.pretrain",
+    "plan.cost",
+    "plan.hardware",
+    "analysis.commands",
+    "evaluate.commands",
+    "data.commands",
+    "checkpoint.commands",
+    "evaluate.classes",
+    "data.manifest",
+    "data.sample_plan",
+    "study.cells",
     "study.commands",
-]  # fmt: skip
+]
 
 
 def imported(path: Path) -> set[str]:

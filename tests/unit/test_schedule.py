@@ -75,8 +75,13 @@ def test_pair_schedules_are_legal(name, num_ranks, placement, num_microbatches, 
 def test_order_of_accumulation_is_the_same(name):
     """Per stage, every kind that adds to a gradient takes micro-batches as 0, 1, 2, ..."""
     schedule = make(name, Pipeline(3, (True, False, True)), 5).schedule
-    adding = ("decoder", "decoder_backward", "encoder_backward", "decoder_weight_gradient",
-              "encoder_weight_gradient")  # fmt: skip
+    adding = (
+        "decoder",
+        "decoder_backward",
+        "encoder_backward",
+        "decoder_weight_gradient",
+        "encoder_weight_gradient",
+    )
     for rank, instructions in enumerate(schedule.ranks):
         for kind in adding:
             found = [step.microbatch for step in instructions if step.kind == kind]
@@ -178,6 +183,11 @@ def test_validator_finds_memory():
 def test_json_has_no_empty_fields():
     schedule = make("1f1b", Pipeline(2, (True, True)), 1).schedule
     first, second = to_json(schedule, 1)[:2]
-    assert first == {"kind": "receive", "stage": 1, "microbatch": 0, "payload": "activation",
-                     "peer": 0}  # fmt: skip
+    assert first == {
+        "kind": "receive",
+        "stage": 1,
+        "microbatch": 0,
+        "payload": "activation",
+        "peer": 0,
+    }
     assert second == {"kind": "forward", "stage": 1, "microbatch": 0}

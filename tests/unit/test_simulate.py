@@ -85,8 +85,11 @@ def test_study(row, capsys):
     idle = [100 * found[name].timeline.idle_fraction for name in found]
     speedup = [base / found[name].timeline.makespan for name in ("dib", "dib_w")]
     with capsys.disabled():
-        print(f"\n  B/{depth} p={p} M={m} idle % {[round(x, 1) for x in idle]} "
-              f"speed-up {[round(x, 2) for x in speedup]}", end="")  # fmt: skip
+        print(
+            f"\n  B/{depth} p={p} M={m} idle % {[round(x, 1) for x in idle]} "
+            f"speed-up {[round(x, 2) for x in speedup]}",
+            end="",
+        )
     assert idle[:2] == pytest.approx(expected[:2], abs=0.06)
     assert (1 - idle[2] / 100) >= 0.97 * (1 - expected[2] / 100)
     assert (1 - idle[3] / 100) >= 0.97 * (1 - expected[3] / 100)

@@ -22,8 +22,22 @@ from deepmim_scale.study import report, runner
 from deepmim_scale.study.cells import Cell, build_cells
 from deepmim_scale.study.settings import StudyArguments, check_folder, command, resolve
 
-SMALL = ["--preset", "debug", "--depths", "4,8", "--stages", "2", "--steps", "12",
-         "--warmup-steps", "2", "--gpus-per-node", "2", "--data", "pictures"]  # fmt: skip
+SMALL = [
+    "--preset",
+    "debug",
+    "--depths",
+    "4,8",
+    "--stages",
+    "2",
+    "--steps",
+    "12",
+    "--warmup-steps",
+    "2",
+    "--gpus-per-node",
+    "2",
+    "--data",
+    "pictures",
+]
 NAMES = ["d4_p1_dib", "d4_p2_1f1b", "d4_p2_dib", "d8_p1_dib", "d8_p2_1f1b", "d8_p2_dib"]
 
 
@@ -77,8 +91,18 @@ def test_taps_and_placements_follow_the_method(tmp_path: Path) -> None:
     taps = {name: cell.job.config.model.taps for name, cell in own.items() if cell.job}
     assert taps["d12_p1_dib"] == (6, 8, 10, 12), "the preset's own at its own depth"
     assert taps["d24_p4_dib"] == (6, 12, 18, 24)
-    mirl = cells_of(tmp_path, "--dry-run", "--preset", "debug_mirl", "--depths", "12,13,18",
-                    "--stages", "2,3", "--gpus-per-node", "6")  # fmt: skip
+    mirl = cells_of(
+        tmp_path,
+        "--dry-run",
+        "--preset",
+        "debug_mirl",
+        "--depths",
+        "12,13,18",
+        "--stages",
+        "2,3",
+        "--gpus-per-node",
+        "6",
+    )
     placements = {name: c.job.config.placement for name, c in mirl.items() if c.job}
     assert (placements["d18_p2_dib"], placements["d18_p3_dib"]) == ("linear", "v")
     assert mirl["d13_p1_dib"].problem.startswith("depth=13: must be divisible by num_segments=6")
@@ -93,14 +117,16 @@ def test_users_flags_come_last(tmp_path: Path) -> None:
 
 
 def test_cells_that_cannot_be(tmp_path: Path) -> None:
-    found = cells_of(tmp_path, *SMALL, "--stages", "2,3", "--gpus-per-node", "6",
-                     "--global-batch", "24")  # fmt: skip
+    found = cells_of(
+        tmp_path, *SMALL, "--stages", "2,3", "--gpus-per-node", "6", "--global-batch", "24"
+    )
     assert found["d4_p2_dib"].problem == ""
     assert found["d4_p1_dib"].problem.startswith("global_batch=24: must be divisible by")
     found = cells_of(tmp_path, *SMALL, "--stages", "3")
     assert found["d4_p3_dib"].problem == "stages=3: must divide the 2 processes"
-    found = cells_of(tmp_path, *SMALL, "--schedules", "dib_w,dib", "--", "--reduction",
-                     "per_microbatch")  # fmt: skip
+    found = cells_of(
+        tmp_path, *SMALL, "--schedules", "dib_w,dib", "--", "--reduction", "per_microbatch"
+    )
     assert found["d4_p2_dib_w"].problem.startswith("reduction=per_microbatch: schedule=dib_w")
     assert found["d4_p2_dib"].job is not None
     with pytest.raises(ConfigError, match="no cell can be run; the first, d4_p1_dib: --detph: unk"):
@@ -112,8 +138,9 @@ def test_order_and_resumption(tmp_path: Path) -> None:
     cells = build_cells(args)
     forth, back = NAMES[:3], NAMES[2::-1]
     todo = [cell.run(repeat) for cell, repeat in runner.unfinished(args, cells)]
-    assert todo == [f"{name}_r{k}" for k, names in enumerate((forth, back, forth))
-                    for name in names]  # fmt: skip
+    assert todo == [
+        f"{name}_r{k}" for k, names in enumerate((forth, back, forth)) for name in names
+    ]
     done, short, torn = todo[1], todo[2], todo[3]
     write_run(tmp_path, done, [1.0] * 12, [1.0] * 12)
     write_run(tmp_path, short, [1.0] * 11, [1.0] * 11)
@@ -160,8 +187,10 @@ def test_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "d4_p1_dib_r0", 100 + steps, falling)
     write_run(tmp_path, "d4_p2_1f1b_r0", [1.0, 1.0, *(50 + steps[2:])], falling)
     write_run(tmp_path, "d4_p2_dib_r0", 200 + steps, [*falling[:5], None, *falling[6:11], 4.0])
-    rows = {row["schedule"] + str(row["stages"]): row
-            for row in report.build_rows(args, build_cells(args))}  # fmt: skip
+    rows = {
+        row["schedule"] + str(row["stages"]): row
+        for row in report.build_rows(args, build_cells(args))
+    }
     base, slow, fast = rows["dib1"], rows["1f1b2"], rows["dib2"]
     assert base["images_per_second"] == pytest.approx(106.5), "steps 3 to 12"
     assert (base["ratio"], base["equal_loss"]) == (1.0, None)
@@ -215,10 +244,23 @@ def test_dry_run_in_a_process(tmp_path: Path) -> None:
     """12 to 48 blocks, 1 to 4 stages, two schedules."""
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "deepmim_scale.cli", "study", "--output", str(tmp_path / "study"),
-         "--dry-run", "--gpus-per-node", "8", "--gpu", "v100-32g"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "deepmim_scale.cli",
+            "study",
+            "--output",
+            str(tmp_path / "study"),
+            "--dry-run",
+            "--gpus-per-node",
+            "8",
+            "--gpu",
+            "v100-32g",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 60
     rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
@@ -299,8 +341,21 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
         check_folder(args)
     content: dict[str, Any] = {"settings": args.model_dump(mode="json"), "environment": {}}
     (tmp_path / "study.json").write_text(json.dumps(content))
-    extended = study(tmp_path, *SMALL, "--depths", "4,8,12", "--repeats", "2", "--schedules",
-                     "1f1b,dib,dib_w", "--gpu", "v100-32g", "--", "--blr", "1e-3")  # fmt: skip
+    extended = study(
+        tmp_path,
+        *SMALL,
+        "--depths",
+        "4,8,12",
+        "--repeats",
+        "2",
+        "--schedules",
+        "1f1b,dib,dib_w",
+        "--gpu",
+        "v100-32g",
+        "--",
+        "--blr",
+        "1e-3",
+    )
     assert check_folder(extended) == extended
     for words, key in [
         (["--steps", "13", "--", "--blr", "1e-3"], "steps=13: .* with steps=12"),

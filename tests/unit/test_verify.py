@@ -64,7 +64,10 @@ CASES = {
     "random bytes": ("x.jpg", lambda p: p.write_bytes(bytes(range(256))), "refuses", "unreadable"),
     "HTML": ("x.jpg", lambda p: p.write_bytes(b"<html>404</html>"), "refuses", "unreadable"),
     "over PIL's limit": (
-        "x.png", lambda p: Image.new("1", (20000, 10000)).save(p), "refuses", "unreadable"
+        "x.png",
+        lambda p: Image.new("1", (20000, 10000)).save(p),
+        "refuses",
+        "unreadable",
     ),
     "bits flipped": ("x.jpg", lambda p: p.write_bytes(flipped(p)), "sees", "damaged"),
     "CMYK": ("x.jpg", lambda p: picture().convert("CMYK").save(p), "sees", "good"),
@@ -76,7 +79,7 @@ CASES = {
     "1 x 1": ("x.png", lambda p: picture(1, 1).save(p), "sees", "good"),
     "large": ("x.jpg", lambda p: picture(2000, 3000).save(p), "sees", "good"),
     "GIF": ("x.gif", lambda p: picture().save(p), "ignores", None),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=CASES)
@@ -100,9 +103,17 @@ def train(manifest, backend, on_bad):
         decoder = functools.partial(stream, size=32, threads=1)
     plan = SamplePlan(len(manifest), 1, 4)
     feed = build_feed(
-        config, manifest, plan, replica=0, num_replicas=1, num_microbatches=1, start_step=0,
-        num_steps=2 * plan.steps_per_epoch, backend=decoder, on_bad=on_bad,
-    )  # fmt: skip
+        config,
+        manifest,
+        plan,
+        replica=0,
+        num_replicas=1,
+        num_microbatches=1,
+        start_step=0,
+        num_steps=2 * plan.steps_per_epoch,
+        backend=decoder,
+        on_bad=on_bad,
+    )
     batches = [batch for (batch,) in feed]
     ids = torch.cat([batch.sample_ids for batch in batches])
     return ids, torch.cat([batch.images for batch in batches]).float()
@@ -164,8 +175,15 @@ def test_command_reports_and_training_honours_it(tmp_path, capsys):
     assert open_manifest(tmp_path / "train").names == ("a/0.jpg", "a/2.jpg")
 
 
-NAMES = [b"tab\t.jpg", b"line\nbreak.jpg", "line\u2028break.jpg".encode(), b"next\xc2\x85.jpg",
-         b"\xff.jpg", b'"quoted".jpg', "\N{SNOWMAN} plain.jpg".encode()]  # fmt: skip
+NAMES = [
+    b"tab\t.jpg",
+    b"line\nbreak.jpg",
+    "line\u2028break.jpg".encode(),
+    b"next\xc2\x85.jpg",
+    b"\xff.jpg",
+    b'"quoted".jpg',
+    "\N{SNOWMAN} plain.jpg".encode(),
+]
 
 
 def test_quarantine_takes_any_name(tmp_path, capsys):
