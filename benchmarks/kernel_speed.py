@@ -81,7 +81,7 @@ def loss_inputs(dim: int) -> Callable[[int, torch.dtype, str, int], Inputs]:
         pixels = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8, device=device)
         if device != "meta":
             pixels.random_(0, 256)
-        images = reference.normalise(pixels, *SCALE.values(), torch.float32)
+        images = reference.normalize(pixels, *SCALE.values(), torch.float32)
         return {
             **masking(batch, device),
             "uint8": pixels,
@@ -121,7 +121,7 @@ def for_each_decoder(losses: dict[str, Loss]) -> dict[str, Step]:
 
 
 def eager_target(images: Tensor) -> Tensor:
-    return reference.normalise_patches(reference.patchify(images, 16))
+    return reference.normalize_patches(reference.patchify(images, 16))
 
 
 def eager_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Each measurement is a process of its own on `--cores` cores (its threads or workers number the
 same), with one warm-up epoch; the rounds go through all loaders in turn, so that a change of the
 machine's load meets all. All loaders decode, crop at random (area 0.2 to 1), resize bicubic with
-antialiasing to 224 and mirror; `uint8` and `float` say what they hand over (float: normalised).
+antialiasing to 224 and mirror; `uint8` and `float` say what they hand over (float: normalized).
 
     python benchmarks/loader_speed.py --cores 2 --rounds 5 --json loader_speed.json
     python benchmarks/loader_speed.py --training quickstart    # wait share inside training
@@ -34,7 +34,7 @@ def torch_backend(data: Path, cores: int) -> Callable[[], Iterator[int]]:
 
 
 def torch_backend_float(data: Path, cores: int) -> Callable[[], Iterator[int]]:
-    """The same with normalisation to float32, which kernels do for us."""
+    """The same with normalization to float32, which kernels do for us."""
     return _ours(data, cores, "torch", True)
 
 
@@ -49,16 +49,16 @@ def dali_mixed(data: Path, cores: int) -> Callable[[], Iterator[int]]:
 
 
 def _ours(
-    data: Path, cores: int, loader: Literal["torch", "dali"], normalised: bool, device: str = "cpu"
+    data: Path, cores: int, loader: Literal["torch", "dali"], normalized: bool, device: str = "cpu"
 ) -> Callable[[], Iterator[int]]:
     import torch
 
     from deepmim_scale.config import RunConfig
+    from deepmim_scale.data.backends import build_backend
     from deepmim_scale.data.feed import build_feed
-    from deepmim_scale.data.loader import build_backend
     from deepmim_scale.data.manifest import open_manifest
     from deepmim_scale.data.sample_plan import SamplePlan
-    from deepmim_scale.targets.pixels import normalise
+    from deepmim_scale.images import normalize
 
     config = RunConfig(loader_threads=cores)
     manifest = open_manifest(data)
@@ -86,7 +86,7 @@ def _ours(
             device=torch.device(device),
         )
         for (batch,) in feed:
-            images = normalise(batch.images) if normalised else batch.images
+            images = normalize(batch.images) if normalized else batch.images
             yield len(images)
 
     return epoch
@@ -97,7 +97,7 @@ def torchvision_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
-    from deepmim_scale.targets.pixels import IMAGENET_MEAN, IMAGENET_STD
+    from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD
 
     transform = transforms.Compose(
         [
@@ -121,7 +121,7 @@ def torchvision_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
 
 
 def timm_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
-    """timm's loader: uint8 between processes, normalised in the main one."""
+    """timm's loader: uint8 between processes, normalized in the main one."""
     import torch
     from timm.data import create_dataset, create_loader
 
@@ -246,9 +246,9 @@ def training(preset: str, data: str, cores: int) -> None:
     from deepmim_scale.data.manifest import find_split, open_manifest
     from deepmim_scale.data.sample_plan import SamplePlan
     from deepmim_scale.data.samples import write_samples
+    from deepmim_scale.images import normalize
     from deepmim_scale.models import build_model, local_backward
     from deepmim_scale.presets import load_preset
-    from deepmim_scale.targets.pixels import normalise
 
     torch.set_num_threads(1)
     config, steps, warm = load_preset(preset), 120, 20
@@ -276,7 +276,7 @@ def training(preset: str, data: str, cores: int) -> None:
         for step, (micro_batch,) in enumerate(feed):
             if step == warm:
                 began = time.perf_counter()
-            local_backward(model, normalise(micro_batch.images), noise=micro_batch.noise)
+            local_backward(model, normalize(micro_batch.images), noise=micro_batch.noise)
             optimizer.step()
             optimizer.zero_grad()
             waited += feed.wait_seconds if step > warm else 0.0

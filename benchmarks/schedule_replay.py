@@ -27,9 +27,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from deepmim_scale.config import ModelConfig
-from deepmim_scale.plan.estimate import layout_of, memory_of, messages_of, pipeline_of, times_of
-from deepmim_scale.plan.generate import Built, build
+from deepmim_scale.pipeline.builders import BuiltSchedule, build
 from deepmim_scale.plan.partition import format_layout
+from deepmim_scale.plan.timing import layout_of, memory_of, messages_of, pipeline_of, times_of
 from deepmim_scale.presets import load_preset
 
 # Preset, taps, ranks, placement, schedules (the first is what the others are compared with).
@@ -44,7 +44,9 @@ TOLERANCE = 0.03
 REPEATS = 5
 
 
-def schedules(case: str, num_microbatches: int, seconds: float) -> tuple[str, list[Built], Sizes]:
+def schedules(
+    case: str, num_microbatches: int, seconds: float
+) -> tuple[str, list[BuiltSchedule], Sizes]:
     """(layout, schedules with times scaled so that 1f1b takes `seconds`, floats per message)."""
     preset, taps, stages, placement, names = CASES[case]
     model = load_preset(preset).model
@@ -53,7 +55,7 @@ def schedules(case: str, num_microbatches: int, seconds: float) -> tuple[str, li
     layout = layout_of(model, stages, placement)
     pipeline, memory = pipeline_of(model, layout, placement), memory_of(model, layout, 1)
 
-    def made(name: str, rate: float) -> Built:
+    def made(name: str, rate: float) -> BuiltSchedule:
         times = times_of(model, layout, 1, rate, split=name in ("dib_w", "zb_h1"))
         return build(name, pipeline, num_microbatches, times, memory)
 
@@ -62,7 +64,7 @@ def schedules(case: str, num_microbatches: int, seconds: float) -> tuple[str, li
     return format_layout(layout, model), [made(name, rate) for name in names], sizes
 
 
-def replay(built: Built, sizes: Sizes, rank: int) -> tuple[float, float]:
+def replay(built: BuiltSchedule, sizes: Sizes, rank: int) -> tuple[float, float]:
     """Run this rank's list once; (seconds until its end, seconds of compute)."""
     pipeline = built.schedule.pipeline
     durations = {
@@ -105,7 +107,9 @@ def replay(built: Built, sizes: Sizes, rank: int) -> tuple[float, float]:
     return end, busy
 
 
-def worker(rank: int, port: int, cases: list[tuple[list[Built], Sizes]], results: Any) -> None:
+def worker(
+    rank: int, port: int, cases: list[tuple[list[BuiltSchedule], Sizes]], results: Any
+) -> None:
     """One rank: every schedule REPEATS times, interleaved so that a slow moment hits all."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

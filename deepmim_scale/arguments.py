@@ -17,10 +17,11 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from deepmim_scale.config import UNSET_TAPS, ConfigError, Frozen, RunConfig, validated
+from deepmim_scale.config import UNSET_TAPS, FrozenConfig, RunConfig, validated
+from deepmim_scale.errors import UserError
 from deepmim_scale.presets import PRESETS, load_preset
 
-Arguments = TypeVar("Arguments", bound=Frozen)
+Arguments = TypeVar("Arguments", bound=FrozenConfig)
 
 
 def _parser_message(output: str) -> str:
@@ -38,11 +39,11 @@ def _parser_message(output: str) -> str:
     return ours[1] if ours else re.sub(r"^Error parsing (--[\w-]+: (?=\w+=))?", "", text)
 
 
-def _flags(config_class: type[Frozen]) -> dict[str, bool]:
+def _flags(config_class: type[FrozenConfig]) -> dict[str, bool]:
     """Every flag there is, and whether it is a switch, which takes no value."""
     flags: dict[str, bool] = {}
     for name, field in config_class.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Frozen):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenConfig):
             flags |= _flags(field.annotation)
         else:
             word = name.replace("_", "-")
@@ -52,22 +53,22 @@ def _flags(config_class: type[Frozen]) -> dict[str, bool]:
 
 
 def _refuse(word: str, argv: Sequence[str], flags: dict[str, bool], prog: str) -> NoReturn:
-    """ConfigError for a word that no flag takes."""
+    """UserError for a word that no flag takes."""
     words = [part for given in argv for part in given.split("=", 1)]
     before = words[max(words.index(word) - 1, 0)].replace("_", "-") if word in words else ""
     if flags.get(before) and not word.startswith("-"):
         name = before.removeprefix("--no-").removeprefix("--")
-        raise ConfigError(f"{before}={word}: takes no value; use --{name} or --no-{name}")
+        raise UserError(f"{before}={word}: takes no value; use --{name} or --no-{name}")
     flag = word.split("=")[0].replace("_", "-")
     near = difflib.get_close_matches(flag, flags, n=1)
     hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
-    raise ConfigError(f"{word}: unknown flag; {hint}")
+    raise UserError(f"{word}: unknown flag; {hint}")
 
 
 def parse(
     config_class: type[Arguments], argv: Sequence[str], *, prog: str, default: Any = None
 ) -> Arguments:
-    """Arguments of `config_class`, with `-` and `_` alike; ConfigError for a user's mistake."""
+    """Arguments of `config_class`, with `-` and `_` alike; UserError for a user's mistake."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -84,30 +85,30 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_parser_message(captured.getvalue())) from None
+        raise UserError(_parser_message(captured.getvalue())) from None
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
     if unknown:
         _refuse(unknown[0], argv, _flags(config_class), prog)
     return config
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file; ConfigError with line and column."""
+    """The object in a JSON file; UserError with line and column."""
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise ConfigError(f"{path}: no valid JSON at {where}: {error.msg}") from None
+        raise UserError(f"{path}: no valid JSON at {where}: {error.msg}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f'{path}: must hold a JSON object, as {{"key": value}}')
+        raise UserError(f'{path}: must hold a JSON object, as {{"key": value}}')
     return content
 
 
 def writable(key: str, path: str | Path) -> Path:
-    """The file `path` that a command will write, its folder made; ConfigError if it cannot be."""
+    """The file `path` that a command will write, its folder made; UserError if it cannot be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def writable(key: str, path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror
-        raise ConfigError(f"{key}={path}: cannot be written ({reason}); choose another") from None
+        raise UserError(f"{key}={path}: cannot be written ({reason}); choose another") from None
     return path
 
 
@@ -129,11 +130,11 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
     try:
         start, rest = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
     helping = any(word in ("-h", "--help") for word in rest)
     words = {word.split("=")[0].replace("_", "-") for word in rest}
     if start.config and start.preset:
-        raise ConfigError(
+        raise UserError(
             f"config={start.config}: is a whole run and takes no preset={start.preset}; "
             "give one of the two"
         )
@@ -147,7 +148,7 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
         for word in rest:
             if word.startswith("--") and word.split("=")[0].replace("_", "-") not in flags:
                 _refuse(word, rest, flags, prog)
-        raise ConfigError(f"preset: missing; give --preset with one of {', '.join(PRESETS)}")
+        raise UserError(f"preset: missing; give --preset with one of {', '.join(PRESETS)}")
     if "--microbatches" in words and "--global-batch" not in words:
         default = default.model_copy(update={"global_batch": None})
     if "--epochs" in words and "--steps" not in words:
@@ -171,23 +172,23 @@ def difference(config: RunConfig) -> list[str]:
     return [f"{key}={value}" for key, value in ours.items() if value not in (None, base[key])]
 
 
-def is_speaker() -> bool:
+def is_main_process() -> bool:
     """Whether this process prints: local rank 0 under a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; a ConfigError becomes one line on stderr and exit code 2."""
+    """Run a command; a UserError becomes one line on stderr and exit code 2."""
     try:
         command()
-    except ConfigError as error:
-        if is_speaker():
+    except UserError as error:
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        if is_speaker():
+        if is_main_process():
             print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from deepmim_scale.arguments import parse, run_command
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 # words: (module, class of its arguments, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
@@ -106,7 +106,7 @@ def _dispatch(argv: Sequence[str]) -> None:
             getattr(code, function)(given)
             return
     see = f"deepmim-scale {group}".strip()
-    raise ConfigError(f"{' '.join(argv[:2])}: unknown command; see {see} --help")
+    raise UserError(f"{' '.join(argv[:2])}: unknown command; see {see} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,14 +14,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from deepmim_scale.errors import UserError
+
 NUM_EVEN_TAPS = 4
 # Taps that are still to be spread: a negative count.
 UNSET_TAPS = (-NUM_EVEN_TAPS,)
 _TAPS_RULE = "must be even, even:N (N from 1) or numbers as 6,8,10,12"
-
-
-class ConfigError(ValueError):
-    """A user's mistake; the message names key, value, rule and remedy in one line (exit code 2)."""
 
 
 def even_taps(depth: int, num_taps: int) -> tuple[int, ...]:
@@ -70,7 +68,7 @@ def _divides(key: str, value: int, name: str, divisor: int) -> None:
     _require(value % divisor == 0, key, value, rule)
 
 
-class Frozen(BaseModel):
+class FrozenConfig(BaseModel):
     """Base of all settings: immutable, finite, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -83,7 +81,7 @@ class Frozen(BaseModel):
         return value
 
 
-class ModelConfig(Frozen):
+class ModelConfig(FrozenConfig):
     """Encoder, decoders, mask and loss of one model."""
 
     method: Literal["mae", "deepmim", "mirl"] = "deepmim"
@@ -91,7 +89,7 @@ class ModelConfig(Frozen):
     loss: Literal["pixel", "cosine"] = "pixel"
     """pixel: mean squared error; cosine: 2 - 2 cos to a teacher's token features (DeepMIM-CLIP)."""
     norm_pix: bool = True
-    """Normalise the pixels of each target patch (better features; off for better pictures)."""
+    """Normalize the pixels of each target patch (better features; off for better pictures)."""
     img_size: int = 224
     """Side of the square input image, pixels."""
     patch_size: int = 16
@@ -257,7 +255,7 @@ class ModelConfig(Frozen):
         return self.in_chans * self.patch_size**2
 
 
-class RunConfig(Frozen):
+class RunConfig(FrozenConfig):
     """One pre-training run."""
 
     preset: str = ""
@@ -270,7 +268,7 @@ class RunConfig(Frozen):
     hybrid: str = ""
     """DeepMIM's hybrid targets: a run of method mae whose reconstructions are mixed in."""
     data: str = ""
-    """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it is held out), or DIR itself."""
+    """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it is validation), or DIR itself."""
     output: str = ""
     """Folder of the run (default runs/<preset>)."""
     deepspeed_config: str = ""
@@ -342,7 +340,7 @@ class RunConfig(Frozen):
     min_crop: float = 0.2
     """Smallest area of a random crop, as a share of the image."""
     validate_every: float = 1.0
-    """Epochs between held-out losses (needs DIR/val); 0 never."""
+    """Epochs between validation losses (needs DIR/val); 0 never."""
     save_every: int = 1000
     """Steps between checkpoints, and one after the last step; 0 never."""
     keep_checkpoints: int = 2
@@ -408,13 +406,13 @@ class RunConfig(Frozen):
         return self
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
+def pluralize(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun, as `1 replica`."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def validated(build: Callable[[], Any]) -> Any:
-    """Run `build` (which makes a config) and turn pydantic's report into one ConfigError line."""
+    """Run `build` (which makes a config) and turn pydantic's report into one UserError line."""
     try:
         return build()
     except ValidationError as error:
@@ -423,7 +421,7 @@ def validated(build: Callable[[], Any]) -> Any:
         if first["type"] != "value_error":  # pydantic's own report: key and value are beside it
             key = ".".join(str(part) for part in first["loc"])
             message = f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
-        raise ConfigError(message) from None
+        raise UserError(message) from None
 
 
 def num_steps(config: RunConfig, steps_per_epoch: int) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepmim_scale.arguments import read_json
-from deepmim_scale.config import ConfigError, RunConfig, count
+from deepmim_scale.config import RunConfig, pluralize
+from deepmim_scale.errors import UserError
 
 Precision = Literal["fp32", "bfloat16", "float16", "pure_bfloat16", "pure_float16"]
 """bfloat16, float16: autocast over fp32 weights, as in the papers; pure_: 16-bit weights too, with
@@ -84,8 +85,8 @@ class BatchSizes:
         return self.microbatch_size * self.microbatches * self.num_replicas
 
     def __str__(self) -> str:
-        microbatches = count(self.microbatches, "micro-batch", "micro-batches")
-        replicas = count(self.num_replicas, "replica")
+        microbatches = pluralize(self.microbatches, "micro-batch", "micro-batches")
+        replicas = pluralize(self.num_replicas, "replica")
         return f"{self.global_batch} = {self.microbatch_size} x {microbatches} x {replicas}"
 
 
@@ -97,13 +98,13 @@ def resolve_batch(config: RunConfig, num_replicas: int) -> BatchSizes:
     share = size * num_replicas
     if config.global_batch % share:
         below = max(config.global_batch // share, 1) * share
-        raise ConfigError(
+        raise UserError(
             f"global_batch={config.global_batch}: must be divisible by microbatch_size x replicas "
             f"= {size} x {num_replicas}; e.g. --global-batch {below} or another --microbatch-size"
         )
     microbatches = config.global_batch // share
     if given not in (None, microbatches):
-        raise ConfigError(
+        raise UserError(
             f"microbatches={given}: global_batch={config.global_batch} needs {microbatches} "
             f"(microbatch_size {size}, {num_replicas} replicas); leave one of the two out"
         )
@@ -116,7 +117,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
     _check(path, content, _SCHEMA, "")
     stage = content.get("zero_optimization", {}).get("stage")
     if stage != 2:
-        raise ConfigError(f"{path}: zero_optimization.stage={stage}: must be 2 (ZeRO-2)")
+        raise UserError(f"{path}: zero_optimization.stage={stage}: must be 2 (ZeRO-2)")
     precision_of(content, path)
     return content
 
@@ -125,25 +126,25 @@ def _check(path: str, content: dict[str, Any], schema: dict[str, Any], prefix: s
     for key, value in content.items():
         name = prefix + key
         if name in _ELSEWHERE:
-            raise ConfigError(f"{path}: {name}: not taken from this file; {_ELSEWHERE[name]}")
+            raise UserError(f"{path}: {name}: not taken from this file; {_ELSEWHERE[name]}")
         if key not in schema:
             near = difflib.get_close_matches(key, schema, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(schema)}"
-            raise ConfigError(f"{path}: {name}: unknown key; {hint}")
+            raise UserError(f"{path}: {name}: unknown key; {hint}")
         kind = schema[key]
         if isinstance(kind, dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"{path}: {name}={value!r}: must be an object")
+                raise UserError(f"{path}: {name}={value!r}: must be an object")
             _check(path, value, kind, f"{name}.")
         elif value != "auto" and (
             not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         ):
             wanted = "a number" if kind is _NUMBER else f"of type {kind.__name__}"
-            raise ConfigError(f'{path}: {name}={value!r}: must be {wanted} or "auto"')
+            raise UserError(f'{path}: {name}={value!r}: must be {wanted} or "auto"')
         elif key in _POSITIVE and value != "auto" and not 1 <= value < math.inf:
-            raise ConfigError(f"{path}: {name}={value}: must be at least 1 and finite")
+            raise UserError(f"{path}: {name}={value}: must be at least 1 and finite")
         elif key == "communication_data_type" and value not in (*_DTYPES, "auto"):
-            raise ConfigError(f"{path}: {name}={value!r}: must be one of {', '.join(_DTYPES)}")
+            raise UserError(f"{path}: {name}={value!r}: must be one of {', '.join(_DTYPES)}")
 
 
 def precision_of(content: dict[str, Any], path: str = "deepspeed_config") -> Precision:
@@ -154,14 +155,14 @@ def precision_of(content: dict[str, Any], path: str = "deepspeed_config") -> Pre
         if content.get(key, {}).get("enabled", False)
     ]
     if len(enabled) > 1:
-        raise ConfigError(f"{path}: {' and '.join(enabled)} are enabled; keep one of them")
+        raise UserError(f"{path}: {' and '.join(enabled)} are enabled; keep one of them")
     if not enabled:
         return "fp32"
     if enabled != ["torch_autocast"]:
         return "pure_bfloat16" if enabled == ["bf16"] else "pure_float16"
     dtype = content["torch_autocast"].get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "float16"):
-        raise ConfigError(f"{path}: torch_autocast.dtype={dtype!r}: must be bfloat16 or float16")
+        raise UserError(f"{path}: torch_autocast.dtype={dtype!r}: must be bfloat16 or float16")
     return dtype
 
 
@@ -170,7 +171,7 @@ def resolve_ds_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """Fill in every "auto" from the run; returns the JSON and what was filled in, as words.
 
-    ConfigError where a given value disagrees with the command line.
+    UserError where a given value disagrees with the command line.
     """
     derived = {
         "train_batch_size": batch.global_batch,
@@ -182,7 +183,7 @@ def resolve_ds_config(
     for key, value in derived.items():
         given = content.get(key, "auto")
         if given not in ("auto", value):
-            raise ConfigError(f'{key}={given}: the command line gives {value}; write "auto"')
+            raise UserError(f'{key}={given}: the command line gives {value}; write "auto"')
         if given == "auto":
             words.append(f"{key}={value}")
         resolved[key] = value
@@ -194,7 +195,7 @@ def resolve_ds_config(
     resolved["zero_optimization"] = zero
     autos = [key for key, value in _flat(resolved).items() if value == "auto"]
     if autos:
-        raise ConfigError(f'{autos[0]}="auto": cannot be derived; give a value')
+        raise UserError(f'{autos[0]}="auto": cannot be derived; give a value')
     return resolved, words
 
 
@@ -212,5 +213,5 @@ def bundled(name: str) -> str:
     """Path of a configuration of `ds_configs/` in this clone."""
     path = Path(__file__).resolve().parents[1] / "ds_configs" / name
     if not path.is_file():
-        raise ConfigError("deepspeed_config: missing; give the path of a DeepSpeed JSON")
+        raise UserError("deepspeed_config: missing; give the path of a DeepSpeed JSON")
     return str(path)

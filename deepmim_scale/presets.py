@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deepmim_scale.config import ConfigError, ModelConfig, RunConfig, even_taps
+from deepmim_scale.config import ModelConfig, RunConfig, even_taps
+from deepmim_scale.errors import UserError
 
 VIT_S: dict[str, Any] = {"embed_dim": 384, "num_heads": 12}
 VIT_B: dict[str, Any] = {"embed_dim": 768, "num_heads": 12}
@@ -90,7 +91,7 @@ def mae_vit_l_24() -> RunConfig:
 
 
 def deepmim_vit_b_12() -> RunConfig:
-    """DeepMIM ViT-B/16 on normalised pixels, decoders after blocks 6, 8, 10 and 12."""
+    """DeepMIM ViT-B/16 on normalized pixels, decoders after blocks 6, 8, 10 and 12."""
     model = ModelConfig(method="deepmim", depth=12, taps=(6, 8, 10, 12), **VIT_B)
     return RunConfig(model=model, epochs=1600.0)
 
@@ -163,7 +164,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def load_preset(name: str) -> RunConfig:
-    """The preset's config with its name filled in; ConfigError lists the names there are."""
+    """The preset's config with its name filled in; UserError lists the names there are."""
     if name not in PRESETS:
-        raise ConfigError(f"preset={name}: unknown; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"preset={name}: unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]().model_copy(update={"preset": name})

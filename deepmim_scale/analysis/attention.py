@@ -49,7 +49,7 @@ def between_patches(maps: Tensor) -> Tensor:
 
 
 def patch_distances(grid: int) -> Tensor:
-    """Distances [L, L] between the centres of the patches of a grid, in patches."""
+    """Distances [L, L] between the centers of the patches of a grid, in patches."""
     places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
     return torch.cdist(places, places)
 
@@ -77,7 +77,7 @@ def head_cosines(maps: Tensor) -> Tensor:
 
 
 def measure(model: Model, batches: Iterable[Tensor]) -> list[BlockAttention]:
-    """Every block of a model on batches [N, 3, S, S], uint8 or normalised."""
+    """Every block of a model on batches [N, 3, S, S], uint8 or normalized."""
     distances: list[list[Tensor]] = [[] for _ in model.blocks]
     cosines: list[list[Tensor]] = [[] for _ in model.blocks]
     for images in batches:

@@ -20,9 +20,9 @@ FEWEST = 4  # images that the unbiased estimator needs
 
 
 def gram(features: Tensor) -> Tensor:
-    """Gram matrix [N, N] of features [N, F] in float64, centred, its diagonal zero."""
-    centred = features.double() - features.double().mean(0)
-    return (centred @ centred.T).fill_diagonal_(0.0)
+    """Gram matrix [N, N] of features [N, F] in float64, centered, its diagonal zero."""
+    centered = features.double() - features.double().mean(0)
+    return (centered @ centered.T).fill_diagonal_(0.0)
 
 
 def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741

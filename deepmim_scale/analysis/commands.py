@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError, Frozen, even_taps
+from deepmim_scale.config import FrozenConfig, even_taps
+from deepmim_scale.errors import UserError
 
 SHOWN = 6  # blocks in the printed table
 
 
-class _Arguments(Frozen):
+class _Arguments(FrozenConfig):
     run: tyro.conf.Positional[str]
     """Folder of a run."""
     output: str = ""
@@ -27,10 +28,10 @@ class _Arguments(Frozen):
 
 
 class ReconstructArguments(_Arguments):
-    """Draw held-out images, masked and filled in by each decoder, and print their errors."""
+    """Draw validation images, masked and filled in by each decoder, and print their errors."""
 
     data: str = ""
-    """Image folder with a held-out part (default: the run's)."""
+    """Image folder with a validation part (default: the run's)."""
 
 
 class LossesArguments(_Arguments):
@@ -38,34 +39,34 @@ class LossesArguments(_Arguments):
 
 
 class AttentionArguments(_Arguments):
-    """Measure and draw how far each head looks, on whole held-out images."""
+    """Measure and draw how far each head looks, on whole validation images."""
 
     data: str = ""
-    """Image folder with a held-out part (default: the run's)."""
+    """Image folder with a validation part (default: the run's)."""
     images: int = 256
-    """How many held-out images, spread over the classes."""
+    """How many validation images, spread over the classes."""
 
 
 class CkaArguments(_Arguments):
-    """Compare the representations of all blocks by linear CKA, on whole held-out images."""
+    """Compare the representations of all blocks by linear CKA, on whole validation images."""
 
     run2: str = ""
     """Another run, whose blocks are compared with RUN's (default: RUN's with each other)."""
     data: str = ""
-    """Image folder with a held-out part (default: the run's)."""
+    """Image folder with a validation part (default: the run's)."""
     images: int = 256
-    """How many held-out images, spread over the classes."""
+    """How many validation images, spread over the classes."""
 
 
 def _outputs(arguments: _Arguments, name: str) -> tuple[Path, Path]:
-    """Where picture and numbers go; ConfigError if they cannot."""
+    """Where picture and numbers go; UserError if they cannot."""
     picture = writable("output", Path(arguments.output or arguments.run) / f"{name}.png")
     return picture, writable("json", arguments.json_file or picture.with_suffix(".json"))
 
 
 def run_reconstruct(arguments: ReconstructArguments) -> None:
-    """Write reconstructions.png and .json, and print each decoder's held-out error."""
-    from deepmim_scale.train.run_folder import load_run_config
+    """Write reconstructions.png and .json, and print each decoder's validation error."""
+    from deepmim_scale.runs.folder import load_run_config
 
     config = load_run_config(arguments.run)
     picture, json_file = _outputs(arguments, "reconstructions")
@@ -73,33 +74,33 @@ def run_reconstruct(arguments: ReconstructArguments) -> None:
     from deepmim_scale.evaluate.features import load_model
 
     model = load_model(arguments.run)
-    manifest, batches = reconstruct.held_out(config, arguments.data or config.data)
-    errors = reconstruct.held_out_errors(model, batches)
+    manifest, batches = reconstruct.validation(config, arguments.data or config.data)
+    errors = reconstruct.validation_errors(model, batches)
     guess, meaning = reconstruct.GUESSES[config.model.norm_pix]
-    print(f"held-out masked mean squared error ({len(manifest)} images, normalised pixels)")
+    print(f"validation masked mean squared error ({len(manifest)} images, normalized pixels)")
     if config.model.norm_pix:
         print(f"  {reconstruct.GIVEN} to the decoders, the mean to the guess")
     for name, value in errors.items():
         print(f"  {name:14s} {value:.4f}  {value / errors[guess]:5.2f} of guessing {meaning}")
-    reconstruct.draw(model, reconstruct.examples(manifest, batches), picture)
+    reconstruct.draw(model, reconstruct.pick_examples(manifest, batches), picture)
     content = {"images": len(manifest), "guess": guess, "errors": errors}
     _write(content, picture, json_file)
 
 
 def run_losses(arguments: LossesArguments) -> None:
     """Write losses.png and .json, and print how far each decoder's loss fell."""
-    from deepmim_scale.analysis.losses import draw, falls
-    from deepmim_scale.train.run_folder import METRICS, load_run_config, read_metrics
+    from deepmim_scale.analysis.losses import draw, loss_drop
+    from deepmim_scale.runs.folder import METRICS, load_run_config, read_metrics
 
     run = arguments.run
     load_run_config(run)
     rows = read_metrics(run) if (Path(run) / METRICS).is_file() else []
     if not rows:
-        raise ConfigError(f"{run}: has no steps yet; train first")
+        raise UserError(f"{run}: has no steps yet; train first")
     picture, json_file = _outputs(arguments, "losses")
     print("loss, mean of the first and of the last tenth of the steps")
     content: dict[str, Any] = {"step": rows[-1]["step"], "losses": {}}
-    for name, (first, last) in falls(rows).items():
+    for name, (first, last) in loss_drop(rows).items():
         print(f"  {name:10s} {first:.4f} -> {last:.4f}  ({last / first:.2f})")
         ends = {"first": first, "last": last}
         content["losses"][name] = {k: v if isfinite(v) else None for k, v in ends.items()}
@@ -109,19 +110,19 @@ def run_losses(arguments: LossesArguments) -> None:
 
 def run_attention(arguments: AttentionArguments) -> None:
     """Write attention.png and attention.json, and print a line per block."""
-    from deepmim_scale.train.run_folder import load_run_config
+    from deepmim_scale.runs.folder import load_run_config
 
     config = load_run_config(arguments.run)
     _check_images(arguments.images)
     picture, json_file = _outputs(arguments, "attention")
     from deepmim_scale.analysis import attention
-    from deepmim_scale.analysis.images import open_held_out, spread, whole_images
+    from deepmim_scale.analysis.images import evenly_spaced, open_validation, whole_images
     from deepmim_scale.evaluate.features import load_model
 
-    manifest = spread(open_held_out(arguments.data or config.data), arguments.images)
+    manifest = evenly_spaced(open_validation(arguments.data or config.data), arguments.images)
     blocks = attention.measure(load_model(arguments.run), whole_images(config, manifest))
     uniform = attention.patch_distances(config.model.grid_size).mean().item()
-    print(f"attention of {len(manifest)} held-out images; distances in patches")
+    print(f"attention of {len(manifest)} validation images; distances in patches")
     for block in blocks:
         low, high, mean = (f(block.distances) for f in (min, max, fmean))
         print(
@@ -136,20 +137,20 @@ def run_attention(arguments: AttentionArguments) -> None:
 
 def run_cka(arguments: CkaArguments) -> None:
     """Write cka.png and cka.json, and print CKA between a few blocks."""
-    from deepmim_scale.train.run_folder import load_run_config
+    from deepmim_scale.runs.folder import load_run_config
 
     runs = (arguments.run, arguments.run2 or arguments.run)
     configs = [load_run_config(run) for run in runs]
     _check_images(arguments.images)
     picture, json_file = _outputs(arguments, "cka")
     from deepmim_scale.analysis import cka
-    from deepmim_scale.analysis.images import open_held_out, spread, whole_images
+    from deepmim_scale.analysis.images import evenly_spaced, open_validation, whole_images
     from deepmim_scale.evaluate.features import load_model
 
     data = arguments.data or configs[0].data
-    manifest = spread(open_held_out(data), arguments.images)
+    manifest = evenly_spaced(open_validation(data), arguments.images)
     if len(manifest) < cka.FEWEST:
-        raise ConfigError(f"data={data}: {len(manifest)} held-out images; cka needs {cka.FEWEST}")
+        raise UserError(f"data={data}: {len(manifest)} validation images; cka needs {cka.FEWEST}")
     features = {
         run: cka.block_features(load_model(run), whole_images(config, manifest))
         for run, config in zip(runs, configs, strict=True)
@@ -168,7 +169,7 @@ def run_cka(arguments: CkaArguments) -> None:
 
 def _check_images(images: int) -> None:
     if images < 1:
-        raise ConfigError(f"images={images}: must be positive")
+        raise UserError(f"images={images}: must be positive")
 
 
 def _write(content: dict[str, Any], picture: Path, json_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The held-out images that are looked at."""
+"""The validation images that are looked at."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import RunConfig
 from deepmim_scale.data.feed import iter_validation
 from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.errors import UserError
 
 
-def open_held_out(data: str) -> Manifest:
-    """The held-out part of `data`; ConfigError if it has none."""
+def open_validation(data: str) -> Manifest:
+    """The validation part of `data`; UserError if it has none."""
     folder = find_split(data, "val")
     if folder is None:
-        raise ConfigError(f"data={data}: has no held-out part; needs {data}/val/<class>")
+        raise UserError(f"data={data}: has no validation part; needs {data}/val/<class>")
     return open_manifest(folder)
 
 
-def spread(manifest: Manifest, count: int) -> Manifest:
+def evenly_spaced(manifest: Manifest, count: int) -> Manifest:
     """`count` images spread evenly over the listing, hence over the classes; all if it is short."""
     chosen = np.zeros(len(manifest), bool)
     chosen[np.linspace(0, len(manifest) - 1, count).round().astype(int)] = True

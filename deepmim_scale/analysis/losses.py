@@ -21,7 +21,7 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else np.nan
 
 
-def falls(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+def loss_drop(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Mean of each loss over the first and over the last tenth of the rows, NaN left out."""
     tenth = max(len(rows) // 10, 1)
     return {
@@ -41,24 +41,24 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A PNG: smoothed training losses as lines, held-out losses as dots."""
+    """A PNG: smoothed training losses as lines, validation losses as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps = np.array([row["step"] for row in rows])
-    held_out = [row for row in rows if "validation_losses" in row]
+    validation = [row for row in rows if "validation_losses" in row]
     window = max(len(rows) // 80, 1)
-    marker = "." if len(rows) < FEW else ""  # a line needs two neighbours to be seen
+    marker = "." if len(rows) < FEW else ""  # a line needs two neighbors to be seen
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for number, name in enumerate(rows[0]["losses"]):
         smooth = smoothed(curve(rows, name), window)
         style = {"label": name, "linewidth": 1.2, "color": f"C{number}", "marker": marker}
         axes.plot(steps[window - 1 :], smooth, **style)
-        dots = curve(held_out, name, "validation_losses")
-        axes.plot([row["step"] for row in held_out], dots, "o", color=f"C{number}", markersize=3)
-    axes.set(xlabel="step", ylabel="loss (dots: held out)")
+        dots = curve(validation, name, "validation_losses")
+        axes.plot([row["step"] for row in validation], dots, "o", color=f"C{number}", markersize=3)
+    axes.set(xlabel="step", ylabel="loss (dots: validation)")
     axes.set_ylim(0, 1.05 * axes.dataLim.ymax if np.isfinite(axes.dataLim.ymax) else None)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.legend()

@@ -1,4 +1,4 @@
-"""What each decoder paints: pictures of held-out images, and the error against a plain guess.
+"""What each decoder paints: pictures of validation images, and the error against a plain guess.
 
 Legend: N images, L patches, P pixels of a patch.
 """
@@ -10,20 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepmim_scale.analysis.images import open_held_out
-from deepmim_scale.config import ConfigError, RunConfig
-from deepmim_scale.data.feed import Batch, iter_validation
+from deepmim_scale.analysis.images import open_validation
+from deepmim_scale.batch import Batch
+from deepmim_scale.config import RunConfig
+from deepmim_scale.data.feed import iter_validation
 from deepmim_scale.data.manifest import Manifest
-from deepmim_scale.models import Model
-from deepmim_scale.models.blocks import gather_tokens
-from deepmim_scale.models.stage import loss_members
-from deepmim_scale.targets.pixels import (
-    normalise,
+from deepmim_scale.errors import UserError
+from deepmim_scale.images import (
+    normalize,
     patch_statistics,
     patchify,
     to_pixels,
     unpatchify,
 )
+from deepmim_scale.models import Model
+from deepmim_scale.models.blocks import gather_tokens
+from deepmim_scale.models.stage import loss_members
 
 NUM_CLASSES, NUM_SPREAD = 5, 5
 # What a masked patch is guessed to be, by norm_pix: a name and its meaning. With norm_pix the
@@ -33,19 +35,19 @@ GUESSES = {
     True: ("patch mean", "each masked patch's own mean"),
 }
 GIVEN = "norm_pix: masked patches' true mean and deviation are given"
-GRAY = 0.0  # of normalised pixels: the mean colour
+GRAY = 0.0  # of normalized pixels: the mean color
 
 
 @torch.no_grad()
 def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Masked input and each loss's picture, both [N, 3, S, S] normalised, visible patches kept.
+    """Masked input and each loss's picture, both [N, 3, S, S] normalized, visible patches kept.
 
-    images [N, 3, S, S] normalised, noise [N, L]. MIRL's pictures are the sums of its pairs. Patch
+    images [N, 3, S, S] normalized, noise [N, L]. MIRL's pictures are the sums of its pairs. Patch
     statistics of the original bring norm_pix predictions back to pixels, as in MAE's demo.
     """
     config = model.config
     if config.loss != "pixel":
-        raise ConfigError(f"loss={config.loss}: predicts features; pictures need loss pixel")
+        raise UserError(f"loss={config.loss}: predicts features; pictures need loss pixel")
     masking = model.masking(images, noise)
     out = model(images, noise=noise, predictions=True)
     assert out.predictions is not None, "predictions were asked for"
@@ -80,12 +82,12 @@ def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
     return unpatchify(filled, config.patch_size, config.in_chans)
 
 
-def held_out_errors(model: Model, batches: list[Batch]) -> dict[str, float]:
-    """Mean squared error of masked pixels per decoder, and of the guess, in normalised pixels."""
+def validation_errors(model: Model, batches: list[Batch]) -> dict[str, float]:
+    """Mean squared error of masked pixels per decoder, and of the guess, in normalized pixels."""
     sums: dict[str, float] = {}
     count = 0
     for batch in batches:
-        images = normalise(batch.images)
+        images = normalize(batch.images)
         _, pictures = reconstruct(model, images, batch.noise)
         pictures[GUESSES[model.config.norm_pix][0]] = plain_guess(images, model, batch.noise)
         for name, picture in pictures.items():
@@ -102,7 +104,7 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    images = normalise(batch.images)
+    images = normalize(batch.images)
     masked, pictures = reconstruct(model, images, batch.noise)
     columns = {"masked": masked, **pictures, "original": images}
     figure, axes = pyplot.subplots(
@@ -122,13 +124,13 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
     pyplot.close(figure)
 
 
-def held_out(config: RunConfig, data: str) -> tuple[Manifest, list[Batch]]:
-    """The held-out images of `data` with their fixed masks; ConfigError if it has none."""
-    manifest = open_held_out(data)
+def validation(config: RunConfig, data: str) -> tuple[Manifest, list[Batch]]:
+    """The validation images of `data` with their fixed masks; UserError if it has none."""
+    manifest = open_validation(data)
     return manifest, list(iter_validation(config, manifest, replica=0, num_replicas=1))
 
 
-def examples(manifest: Manifest, batches: list[Batch]) -> Batch:
+def pick_examples(manifest: Manifest, batches: list[Batch]) -> Batch:
     """One image of each of the first classes, then images spread over the whole set."""
     first = {int(label): i for i, label in reversed(list(enumerate(manifest.labels)))}
     step = max(len(manifest) // NUM_SPREAD, 1)

@@ -8,10 +8,11 @@ from typing import Literal
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError, Frozen
+from deepmim_scale.config import FrozenConfig
+from deepmim_scale.errors import UserError
 
 
-class VerifyArguments(Frozen):
+class VerifyArguments(FrozenConfig):
     """Compare every file of a checkpoint, or of all checkpoints of a run, with its SHA-256."""
 
     checkpoint: tyro.conf.Positional[str]
@@ -19,14 +20,14 @@ class VerifyArguments(Frozen):
 
 
 def run(arguments: VerifyArguments) -> None:
-    """Print a line per checkpoint; ConfigError at the end if any is damaged."""
+    """Print a line per checkpoint; UserError at the end if any is damaged."""
     from deepmim_scale.checkpoint.files import verify
 
     for line in verify(arguments.checkpoint):
         print(line)
 
 
-class ExportArguments(Frozen):
+class ExportArguments(FrozenConfig):
     """Write a run's newest weights for timm, Hugging Face transformers, or the official code."""
 
     run: tyro.conf.Positional[str]
@@ -39,21 +40,21 @@ class ExportArguments(Frozen):
 
 def run_export(arguments: ExportArguments) -> None:
     """Write the file and print how to load it; nothing is overwritten."""
-    from deepmim_scale.train.run_folder import load_run_config
+    from deepmim_scale.runs.folder import load_run_config
 
     output = Path(arguments.output)
     new = [output]
     if output.suffix != ".safetensors":
-        raise ConfigError(f"output={output}: must be a file that ends in .safetensors")
+        raise UserError(f"output={output}: must be a file that ends in .safetensors")
     if arguments.format == "hf":
         new.append(output.with_name("config.json"))
         if output.name != "model.safetensors":
-            raise ConfigError(
+            raise UserError(
                 f"output={output}: transformers looks for model.safetensors; name the file so"
             )
     for path in new:
         if path.exists():
-            raise ConfigError(f"output={path}: exists; delete it or choose another --output")
+            raise UserError(f"output={path}: exists; delete it or choose another --output")
     load_run_config(arguments.run)
     writable("output", output)
     from deepmim_scale.checkpoint.export import export

@@ -19,7 +19,7 @@ from deepmim_scale.checkpoint.save import load_weights
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.models import Model, build_model
 from deepmim_scale.models.stage import decoder_names
-from deepmim_scale.train.run_folder import load_run_config
+from deepmim_scale.runs.folder import load_run_config
 
 LICENCE = "origin not recorded; weights that began as MAE's release are CC-BY-NC 4.0"
 # The arguments of timm's vit_base_patch16_224, by our names.

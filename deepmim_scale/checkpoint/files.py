@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 FORMAT = 1
 STATE = "state.json"
@@ -36,7 +36,7 @@ def part_folder(final: Path) -> Path:
     return final.with_name(final.name + ".part")
 
 
-def start(final: Path) -> None:
+def begin_checkpoint(final: Path) -> None:
     """Make an empty part folder; leftovers of a killed save are removed."""
     part = part_folder(final)
     shutil.rmtree(part, ignore_errors=True)
@@ -52,7 +52,7 @@ def write_tensors(
     return _digest(path)
 
 
-def finish(final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+def commit_checkpoint(final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
     """Write state.json with its files' digests, then rename the part folder to its final name."""
     part = part_folder(final)
     content = {"format": FORMAT, **state, "sha256": digests}
@@ -66,18 +66,18 @@ def finish(final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
 
 def prune(run: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
-    for folder in saved(run)[:-keep]:
+    for folder in list_checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
 
 
-def saved(run: str | Path) -> list[Path]:
+def list_checkpoints(run: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     return sorted(
         folder for folder in (Path(run) / "checkpoints").glob("step_????????") if folder.is_dir()
     )
 
 
-def problem(folder: Path) -> str | None:
+def integrity_error(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if every digest agrees."""
     try:
         state = json.loads((folder / STATE).read_text())
@@ -93,11 +93,11 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def newest(run: str | Path) -> tuple[Path | None, list[str]]:
+def latest_intact(run: str | Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint of a run, and what was wrong with newer ones."""
     problems: list[str] = []
-    for folder in reversed(saved(run)):
-        found = problem(folder)
+    for folder in reversed(list_checkpoints(run)):
+        found = integrity_error(folder)
         if found is None:
             return folder, problems
         problems.append(found)
@@ -109,10 +109,10 @@ def resolve(path: str | Path) -> Path:
     path = Path(path)
     if (path / STATE).is_file():
         return path
-    folder, problems = newest(path)
+    folder, problems = latest_intact(path)
     if folder is None:
         found = problems[0] if problems else f"no checkpoints/step_* in {path}"
-        raise ConfigError(f"{path}: no usable checkpoint ({found})")
+        raise UserError(f"{path}: no usable checkpoint ({found})")
     return folder
 
 
@@ -139,19 +139,19 @@ def read_tensors(folder: Path, kind: str, names: Iterable[str] | None = None) ->
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """A line on the checkpoint or on each of a run's; at the end ConfigError if any is damaged."""
+    """A line on the checkpoint or on each of a run's; at the end UserError if any is damaged."""
     path = Path(path)
     run = path.parent if path.name == "checkpoints" else path
-    folders = [path] if (path / STATE).is_file() else saved(run)
+    folders = [path] if (path / STATE).is_file() else list_checkpoints(run)
     if not folders:
-        raise ConfigError(f"{path}: no checkpoint; give a run or a checkpoints/step_* folder")
+        raise UserError(f"{path}: no checkpoint; give a run or a checkpoints/step_* folder")
     damaged = 0
     for folder in folders:
-        found = problem(folder)
+        found = integrity_error(folder)
         damaged += found is not None
         yield found or f"{folder}: intact, step {read_state(folder)['step']}"
     if damaged:
-        raise ConfigError(
+        raise UserError(
             f"{path}: {damaged} of {len(folders)} checkpoints damaged; delete what is damaged, a "
             "run goes on from its newest intact checkpoint or, if none is left, from the start"
         )

@@ -19,7 +19,7 @@ def save_checkpoint(
     """Write the checkpoint of `step`; every rank calls it, replica 0 of each stage writes."""
     final, writes = files.step_folder(run, step), replica == 0
     if dist.get_rank() == 0:
-        files.start(final)
+        files.begin_checkpoint(final)
     moments = zero.optimizer_state(engine, keep=writes)
     weights = zero.master_weights(engine, keep=writes)
     dist.barrier()
@@ -38,7 +38,7 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         content = {"step": step, **state, "loss_scaler": zero.scaler_state(engine)}
         whole = {name: digest for part in everyone for name, digest in part.items()}
-        files.finish(final, content, dict(sorted(whole.items())))
+        files.commit_checkpoint(final, content, dict(sorted(whole.items())))
     dist.barrier()
     return final
 

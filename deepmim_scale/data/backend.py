@@ -1,7 +1,8 @@
 """What a decoding backend is.
 
-A backend is a function Iterator[Rows] -> Iterator[(Rows, images)]: it may read ahead, keeps the
-order, and raises BadImage at the micro-batch that holds a bad file. Legend: B micro-batch, S side.
+A backend is a function Iterator[DecodeRequest] -> Iterator[(DecodeRequest, images)].
+It may read ahead, keeps the order, and raises BadImage at the micro-batch with the bad file.
+ Legend: B micro-batch, S side.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 
-class BadImage(ConfigError):
+class BadImage(UserError):
     """An image that cannot be decoded; the message names the file where the decoder does."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class DecodeRequest:
     """One micro-batch to decode."""
 
     ids: np.ndarray
@@ -33,4 +34,4 @@ class Rows:
     """Whether to mirror, bool [B]."""
 
 
-Backend = Callable[[Iterator[Rows]], Iterator[tuple[Rows, torch.Tensor]]]
+Backend = Callable[[Iterator[DecodeRequest]], Iterator[tuple[DecodeRequest, torch.Tensor]]]

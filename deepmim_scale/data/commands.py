@@ -11,24 +11,25 @@ from typing import Annotated
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError, Frozen
+from deepmim_scale.config import FrozenConfig
+from deepmim_scale.errors import UserError
 
 
-class SamplesArgs(Frozen):
+class SamplesArgs(FrozenConfig):
     """Write a small sample set: photographs (scikit-image) and digits (scikit-learn)."""
 
     out: tyro.conf.Positional[str]
     """New folder; gets train/<class> and val/<class>."""
 
 
-class ScanArgs(Frozen):
+class ScanArgs(FrozenConfig):
     """List an image folder and save its manifest, so that training starts at once."""
 
     dir: tyro.conf.Positional[str]
     """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
 
 
-class VerifyArgs(Frozen):
+class VerifyArgs(FrozenConfig):
     """Decode every image once; lists bad files in DIR/verify.json and DIR/quarantine.txt.
 
     Exit code 1 if there are unreadable ones.
@@ -37,7 +38,7 @@ class VerifyArgs(Frozen):
     dir: tyro.conf.Positional[str]
     """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
     threads: int = 2
-    """Decoding threads."""
+    """DecodeStream threads."""
     report: Annotated[str, tyro.conf.arg(name="json")] = ""
     """Also write the reports of all splits to this JSON file."""
 
@@ -49,7 +50,7 @@ def run_samples(args: SamplesArgs) -> None:
 
         written = write_samples(args.out)
     except ImportError as error:
-        raise ConfigError(
+        raise UserError(
             f"samples: needs {error.name}; pip install scikit-image scikit-learn"
         ) from error
     print(f"{args.out}: {'written' if written else 'is there already'}")
@@ -74,18 +75,18 @@ def run_scan(args: ScanArgs) -> None:
 def run_verify(args: VerifyArgs) -> None:
     """Check each split's folder; training leaves the files in its quarantine.txt out."""
     if args.threads < 1:
-        raise ConfigError(f"threads={args.threads}: must be positive; one per CPU core is best")
+        raise UserError(f"threads={args.threads}: must be positive; one per CPU core is best")
     if args.report:
         writable("json", args.report)
-    from deepmim_scale.data.manifest import shown
+    from deepmim_scale.data.manifest import printable
     from deepmim_scale.data.verify import verify_folder
 
     reports = [verify_folder(folder, args.threads) for folder in _split_folders(args.dir)]
     for report in reports:
         counts = "{good} of {images} images good, {unreadable} unreadable, {damaged} damaged"
-        print(f"{shown(report['folder'])}: {counts.format(**report)}")
+        print(f"{printable(report['folder'])}: {counts.format(**report)}")
         for finding in report["bad"]:
-            print(f"  {shown(finding['file'])}: {finding['kind']}: {finding['reason']}")
+            print(f"  {printable(finding['file'])}: {finding['kind']}: {finding['reason']}")
     if args.report:
         Path(args.report).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     if any(report["unreadable"] for report in reports):
@@ -98,5 +99,5 @@ def _split_folders(data: str) -> list[Path]:
     folders = [folder for split in ("train", "val") if (folder := find_split(data, split))]
     for folder in folders:
         if not os.access(folder, os.W_OK):
-            raise ConfigError(f"dir={folder}: is not writable, results are kept beside the images")
+            raise UserError(f"dir={folder}: is not writable, results are kept beside the images")
     return folders

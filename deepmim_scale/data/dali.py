@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepmim_scale.data.backend import BadImage, Rows
+from deepmim_scale.data.backend import BadImage, DecodeRequest
 
 HARDWARE_LOAD = 0.65  # share of the images for the GPU's JPEG engine; pinned, it changes pixels
 LARGEST_HINT = 1024  # pixels a side: buffers for ImageNet's usual sizes, allocated once
 
 
 def stream(
-    jobs: Iterator[Rows],
+    jobs: Iterator[DecodeRequest],
     size: int,
     threads: int,
     max_batch: int,
     decode: str = "cpu",
     device: torch.device | None = None,
     prefetch: int = 2,
-) -> Iterator[tuple[Rows, torch.Tensor]]:
+) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
     """The backend: images uint8 [B, 3, S, S] on `device` (None: CPU), `prefetch` batches ahead.
 
     `decode` is `cpu` or `mixed` (nvJPEG and the hardware engine). Raises BadImage with DALI's
@@ -38,7 +38,7 @@ def stream(
     dali: Any = nvidia.dali  # its stubs miss what is generated at import
     fn, types = dali.fn, dali.types
     on_gpu = device is not None and device.type == "cuda"
-    started: deque[Rows] = deque()
+    started: deque[DecodeRequest] = deque()
 
     def columns() -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         rows = next(jobs)  # its StopIteration ends the pipeline's epoch

@@ -46,7 +46,7 @@ def received_bytes(
     return num_microbatches * micro_batch if mode == "first" and stage > 0 else 0
 
 
-class Exchange:
+class StageExchange:
     """One stage's end of the exchange; `group` is its own, its ranks in the order of the stages."""
 
     def __init__(

@@ -11,19 +11,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from deepmim_scale.batch import Batch
 from deepmim_scale.config import RunConfig
 from deepmim_scale.data import torch_backend
 from deepmim_scale.data.backend import Backend, BadImage
-from deepmim_scale.data.decoding import Decoding, Job
-from deepmim_scale.data.exchange import Decoded, Exchange, Mode, checksum, own_microbatches
-from deepmim_scale.data.loader import cached_reader
+from deepmim_scale.data.backends import cached_reader
+from deepmim_scale.data.decode_stream import DecodeStream, Job
+from deepmim_scale.data.exchange import Decoded, Mode, StageExchange, checksum, own_microbatches
 from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.data.masks import mask_noise
 from deepmim_scale.data.philox import VALIDATION_MASK
@@ -32,19 +32,7 @@ from deepmim_scale.data.sample_plan import SamplePlan
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch."""
-
-    images: torch.Tensor
-    """uint8 [B, 3, S, S]."""
-    noise: torch.Tensor
-    """float32 [B, L] in [0, 1); its stable argsort is the mask."""
-    sample_ids: torch.Tensor
-    """int64 [B], places in the manifest."""
-
-
-class Feed:
+class StepLoader:
     """Iterates over lists of M batches, one list per step; the next step is made meanwhile."""
 
     def __init__(
@@ -53,7 +41,7 @@ class Feed:
         start_step: int,
         num_steps: int,
         device: torch.device = CPU,
-        exchange: Exchange | None = None,
+        exchange: StageExchange | None = None,
     ) -> None:
         self.wait_seconds = 0.0
         """How long the last step had to be waited for, s."""
@@ -114,7 +102,7 @@ class Feed:
         """Memory of the side stream must not be reused before the trainer's stream is done."""
         if self._device.type == "cuda":
             for batch in batches:
-                for tensor in (batch.images, batch.noise, batch.sample_ids):
+                for tensor in batch.tensors().values():
                     tensor.record_stream(torch.cuda.current_stream(self._device))
         return batches
 
@@ -135,7 +123,7 @@ def build_feed(
     on_bad: Literal["fail", "replace"] = "fail",
     backend: Backend | None = None,
     device: torch.device = CPU,
-) -> Feed:
+) -> StepLoader:
     """The training feed of one replica from `start_step` on, equal on all its stages.
 
     `group` joins the replica's stages in their order and serves this feed only (its collectives
@@ -157,8 +145,8 @@ def build_feed(
         torch_backend.stream, size=size, threads=config.loader_threads, read=cached_reader(manifest)
     )
     num_jobs = num_steps * len(own)
-    decoding = Decoding(job, num_jobs, backend, manifest, plan, config.min_crop, on_bad)
-    exchange = Exchange(mode, group, num_microbatches, batch, size, device) if group else None
+    decoding = DecodeStream(job, num_jobs, backend, manifest, plan, config.min_crop, on_bad)
+    exchange = StageExchange(mode, group, num_microbatches, batch, size, device) if group else None
 
     def decode_own() -> list[Decoded]:
         decoded = (decoding() for _ in own)
@@ -171,10 +159,10 @@ def build_feed(
             noise = mask_noise(plan.seed, epoch, ids.cpu().numpy(), num_patches)
             batches.append(Batch(images, torch.from_numpy(noise).to(device), ids))
         if exchange and check_feed and step % check_feed == 0:
-            exchange.check(step, [checksum(b.images, b.noise, b.sample_ids) for b in batches])
+            exchange.check(step, [checksum(*b.tensors().values()) for b in batches])
         return batches
 
-    return Feed(load, start_step, num_steps, device, exchange)
+    return StepLoader(load, start_step, num_steps, device, exchange)
 
 
 def iter_validation(
@@ -186,9 +174,9 @@ def iter_validation(
     on_bad: Literal["fail", "replace"] = "fail",
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
-    """Held-out images of one replica in order, each once over the replicas, last batch partial.
+    """Validation images of one replica in order, each once over the replicas, last batch partial.
 
-    Resized as torch_backend.centre by the torch backend, whatever the loader; masks are fixed
+    Resized as torch_backend.center by the torch backend, whatever the loader; masks are fixed
     (epoch 0, seed 0) so that losses compare. An undecodable image raises BadImage, or with on_bad
     `replace` is left out and named on stderr.
     """
@@ -211,6 +199,6 @@ def _decodes(path: str, read: torch_backend.Read) -> bool:
     try:
         read(path)
     except BadImage as error:
-        print(f"held-out image left out: {error}", file=sys.stderr)
+        print(f"validation image left out: {error}", file=sys.stderr)
         return False
     return True

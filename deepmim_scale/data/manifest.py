@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MANIFEST_NAME = "manifest.npz"
@@ -69,7 +69,7 @@ class Manifest:
     def describe(self) -> str:
         """One line: number of images and classes, folder, SHA."""
         classes = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}"
-        return f"{len(self):,} images, {classes} in {shown(self.root)} (sha {self.sha[:8]})"
+        return f"{len(self):,} images, {classes} in {printable(self.root)} (sha {self.sha[:8]})"
 
     def keep(self, chosen: np.ndarray, *notes: str) -> Manifest:
         """The images where `chosen` (bool [N]) holds; classes keep their numbers."""
@@ -105,13 +105,13 @@ class Manifest:
 def find_split(data: str, split: str) -> Path | None:
     """The folder of `train` or `val`: DIR/<split>; for `train` else DIR itself, for `val` None.
 
-    Raises ConfigError if DIR is missing, or has val but no train (its classes would mix).
+    Raises UserError if DIR is missing, or has val but no train (its classes would mix).
     """
     root = Path(data)
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
         parent = next(path for path in root.absolute().parents if path.is_dir())
-        raise ConfigError(
+        raise UserError(
             f"data={data}: must be an image folder, found {found} ({parent} exists); "
             "`deepmim-scale data samples DIR` writes a small one"
         )
@@ -120,14 +120,14 @@ def find_split(data: str, split: str) -> Path | None:
     if split == "val":
         return None
     if (root / "val").is_dir():
-        raise ConfigError(f"data={data}: has a folder val but no train; rename or add train")
+        raise UserError(f"data={data}: has a folder val but no train; rename or add train")
     return root
 
 
 def scan_folder(root: str | Path) -> Manifest:
     """List a folder of class folders, or of images, and read every header.
 
-    A header that cannot be read counts as size 0 x 0. Raises ConfigError if there are no images or
+    A header that cannot be read counts as size 0 x 0. Raises UserError if there are no images or
     if images lie beside class folders.
     """
     root = Path(root)
@@ -135,8 +135,8 @@ def scan_folder(root: str | Path) -> Manifest:
     names = tuple(name for name, _ in listing)
     flat = [name for name in names if "/" not in name]
     if flat and len(flat) < len(names):
-        raise ConfigError(
-            f"data={root}: {len(flat)} images (e.g. {shown(flat[0])}) lie beside class folders "
+        raise UserError(
+            f"data={root}: {len(flat)} images (e.g. {printable(flat[0])}) lie beside class folders "
             f"with {len(names) - len(flat)} images; move them into a class folder"
         )
     classes = ["."] if flat else [entry.name for entry in _entries(root) if isdir(entry)]
@@ -158,7 +158,7 @@ def scan_folder(root: str | Path) -> Manifest:
 def open_manifest(root: str | Path, on_bad: Literal["fail", "replace"] = "fail") -> Manifest:
     """What training uses: the saved manifest or a scan, without quarantined and unreadable files.
 
-    Raises ConfigError if the saved manifest does not match the files that are there now, or, with
+    Raises UserError if the saved manifest does not match the files that are there now, or, with
     on_bad `fail`, if headers are unreadable.
     """
     root = Path(root)
@@ -174,7 +174,7 @@ def open_manifest(root: str | Path, on_bad: Literal["fail", "replace"] = "fail")
         return manifest
     bad = [name for name, good in zip(manifest.names, readable, strict=True) if not good]
     if on_bad == "fail":
-        raise ConfigError(
+        raise UserError(
             f"data={root}: {len(bad)} unreadable images: {_few(bad)}; "
             f"run `deepmim-scale data verify {root}` or use --on-bad replace"
         )
@@ -191,7 +191,7 @@ def read_quarantine(root: Path) -> set[str]:
     return {json.loads(field) if field.endswith('"') else field for field in fields}
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name on one printable line; one that would not be becomes a JSON string."""
     return name if name.isprintable() else json.dumps(name)
 
@@ -212,10 +212,10 @@ def _load(root: Path, saved: Path) -> Manifest:
                 tuple(text["notes"]),
             )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"data={root}: {MANIFEST_NAME} cannot be read; {again}") from error
+        raise UserError(f"data={root}: {MANIFEST_NAME} cannot be read; {again}") from error
     listing, _ = list_images(root)
     if listing_sha(listing) != manifest.sha:
-        raise ConfigError(
+        raise UserError(
             f"data={root}: {MANIFEST_NAME} is stale ({len(manifest)} images listed, "
             f"{len(listing)} there, or sizes changed); {again}"
         )
@@ -253,12 +253,12 @@ def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
     walk(str(root), "", ())
     notes = []
     if others:
-        counts = (f"{count} {shown(extension)}" for extension, count in others.most_common(5))
+        counts = (f"{count} {printable(extension)}" for extension, count in others.most_common(5))
         notes.append(f"files of other kinds ignored: {', '.join(counts)}")
     if links:
         notes.append(f"{len(links)} broken or circular links left out: {_few(links)}")
     if not found:
-        raise ConfigError(
+        raise UserError(
             f"data={root}: no images; found {sum(map(isdir, _entries(root)))} folders and "
             f"{'; '.join(notes) or 'no other files'}; images end in {' '.join(EXTENSIONS)}"
         )
@@ -284,4 +284,4 @@ def listing_sha(listing: Iterable[tuple[str, int]]) -> str:
 
 def _few(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(shown, names[:3])) + more
+    return ", ".join(map(printable, names[:3])) + more

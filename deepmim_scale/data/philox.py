@@ -36,7 +36,7 @@ def philox(
     return tuple(lane.astype(np.uint32) for lane in np.broadcast_arrays(c0, c1, c2, c3))
 
 
-def below(random: np.ndarray, limit: np.ndarray) -> np.ndarray:
+def scale_to(random: np.ndarray, limit: np.ndarray) -> np.ndarray:
     """Map uint32 integers to int64 in [0, limit) by multiplication (no division, no rejection)."""
     return (random.astype(np.uint64) * limit.astype(np.uint64) >> _SHIFT).astype(np.int64)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepmim_scale.config import ConfigError
-from deepmim_scale.data.philox import CROP, FLIP, ORDER, below, philox, uniform
+from deepmim_scale.data.philox import CROP, FLIP, ORDER, philox, scale_to, uniform
+from deepmim_scale.errors import UserError
 
 CROP_TRIES = 10
 RATIOS = (3 / 4, 4 / 3)
@@ -36,7 +36,7 @@ def permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 class SamplePlan:
     """Order of the samples for ever: each once per epoch, the incomplete last batch dropped.
 
-    Raises ConfigError if there are fewer samples than one global batch.
+    Raises UserError if there are fewer samples than one global batch.
     """
 
     num_samples: int
@@ -45,7 +45,7 @@ class SamplePlan:
 
     def __post_init__(self) -> None:
         if self.num_samples < self.global_batch:
-            raise ConfigError(
+            raise UserError(
                 f"global_batch={self.global_batch}: larger than the data set of "
                 f"{self.num_samples} images; use at most {self.num_samples} or more data"
             )
@@ -91,7 +91,7 @@ def crops(
     """Random crops, int32 [B, 4] (top, left, height, width), of images of the given sizes [B].
 
     The distribution is torchvision's RandomResizedCrop.get_params: an area from [min_area, 1], a
-    ratio from [3/4, 4/3] (log-uniform), the first of 10 tries that fits, else a centred crop.
+    ratio from [3/4, 4/3] (log-uniform), the first of 10 tries that fits, else a centered crop.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
     tries = np.arange(CROP_TRIES)[:, None]
@@ -102,7 +102,7 @@ def crops(
     width = np.rint(np.sqrt(target * aspect)).astype(np.int64)
     height = np.rint(np.sqrt(target / aspect)).astype(np.int64)
     fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
-    # The fallback is the last row: the largest centred crop of an allowed ratio.
+    # The fallback is the last row: the largest centered crop of an allowed ratio.
     width = np.vstack([width, np.minimum(widths, np.rint(heights * RATIOS[1]).astype(np.int64))])
     height = np.vstack([height, np.minimum(heights, np.rint(widths / RATIOS[0]).astype(np.int64))])
     chosen = np.where(fits.any(0), fits.argmax(0), CROP_TRIES)
@@ -110,9 +110,9 @@ def crops(
     height, width = height[chosen, columns], width[chosen, columns]
     free_rows, free_columns = heights - height, widths - width
     try_ = np.minimum(chosen, CROP_TRIES - 1)
-    centred = chosen == CROP_TRIES
-    top = np.where(centred, free_rows // 2, below(top[try_, columns], free_rows + 1))
-    left = np.where(centred, free_columns // 2, below(left[try_, columns], free_columns + 1))
+    centered = chosen == CROP_TRIES
+    top = np.where(centered, free_rows // 2, scale_to(top[try_, columns], free_rows + 1))
+    left = np.where(centered, free_columns // 2, scale_to(left[try_, columns], free_columns + 1))
     return np.stack([top, left, height, width], axis=1).astype(np.int32)
 
 

@@ -2,7 +2,7 @@
 
 Regions of a photograph are a quarter of its height, at least 96 px, stored at 96 px: a random crop
 brought to the quickstart's 32 px then shows edges and parts of objects, and the right quarter of
-every photograph, which is held out and never cropped for training, is wide enough for them.
+every photograph, which is validation and never cropped for training, is wide enough for them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError
-from deepmim_scale.data.philox import SAMPLES, below, philox
+from deepmim_scale.data.philox import SAMPLES, philox, scale_to
+from deepmim_scale.errors import UserError
 
 # Licence and origin as skimage.data documents them; all are free to use, change and pass on.
 PHOTOS = {
@@ -39,13 +39,13 @@ DIGIT_SIDE = 32
 def write_samples(out: str | Path) -> bool:
     """Write OUT/train/<class> and OUT/val/<class>; False if the sample set is there already.
 
-    The folder appears complete or not at all. Raises ConfigError if OUT holds something else.
+    The folder appears complete or not at all. Raises UserError if OUT holds something else.
     """
     out = Path(out)
     if (out / "ATTRIBUTION.txt").exists():
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: holds other files; name a new or empty folder")
+        raise UserError(f"out={out}: holds other files; name a new or empty folder")
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     writable("out", temporary)
@@ -67,13 +67,13 @@ def write_samples(out: str | Path) -> bool:
 
 
 def load_digits_probe() -> tuple[np.ndarray, np.ndarray]:
-    """The held-out digits with their labels: images uint8 [n, 3, 32, 32], labels int64 [n]."""
+    """The validation digits with their labels: images uint8 [n, 3, 32, 32], labels int64 [n]."""
     images, labels = _digits()
     return np.repeat(images[1::2, None], 3, axis=1), labels[1::2]
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """All digits, 8x8 enlarged smoothly: uint8 [1797, 32, 32], int64 [1797]; odd ones held out."""
+    """All digits, 8x8 enlarged smoothly: uint8 [1797, 32, 32], int64 [1797]; odd: validation."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -96,8 +96,8 @@ def _write_photo(root: Path, number: int, name: str) -> None:
         folder = root / split / name
         folder.mkdir(parents=True)
         rows, columns, _, _ = philox(number, np.arange(count), 0, first > 0, SAMPLES)
-        tops = below(rows, np.full(count, photo.height - side + 1))
-        lefts = first + below(columns, np.full(count, end - first - side + 1))
+        tops = scale_to(rows, np.full(count, photo.height - side + 1))
+        lefts = first + scale_to(columns, np.full(count, end - first - side + 1))
         for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
             region = photo.crop((left, top, left + side, top + side))
             region = region.resize((REGION_SIDE, REGION_SIDE), Image.Resampling.BICUBIC)

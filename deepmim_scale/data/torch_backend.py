@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from deepmim_scale.data.backend import BadImage, Rows
+from deepmim_scale.data.backend import BadImage, DecodeRequest
 
 EXIF_WITHIN = 4096  # bytes from the start of the file
 
@@ -67,8 +67,8 @@ def crop(image: np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.ndarra
     return out[:, ::-1] if flip else out
 
 
-def centre(image: np.ndarray, size: int) -> np.ndarray:
-    """Held-out images: short side to size * 256 / 224, then the central [S, S, 3].
+def center(image: np.ndarray, size: int) -> np.ndarray:
+    """Validation images: short side to size * 256 / 224, then the central [S, S, 3].
 
     An image of exactly the input's size stays as it is.
     """
@@ -83,10 +83,14 @@ def centre(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def stream(
-    jobs: Iterator[Rows], size: int, threads: int, read: Read = read_image, prefetch: int = 2
-) -> Iterator[tuple[Rows, torch.Tensor]]:
+    jobs: Iterator[DecodeRequest],
+    size: int,
+    threads: int,
+    read: Read = read_image,
+    prefetch: int = 2,
+) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
     """The backend: up to `prefetch` micro-batches are decoded at once, in order."""
-    pending: deque[tuple[Rows, Callable[[], torch.Tensor]]] = deque()
+    pending: deque[tuple[DecodeRequest, Callable[[], torch.Tensor]]] = deque()
     for rows in jobs:
         pending.append((rows, start(rows, size, threads, read)))
         if len(pending) == prefetch:
@@ -97,7 +101,7 @@ def stream(
 
 
 def start(
-    rows: Rows, size: int, threads: int, read: Read = read_image
+    rows: DecodeRequest, size: int, threads: int, read: Read = read_image
 ) -> Callable[[], torch.Tensor]:
     """Start decoding one micro-batch; the function returned waits for it, uint8 [B, 3, S, S].
 
@@ -111,8 +115,8 @@ def start(
 
 
 def decode_whole(paths: list[str], size: int, threads: int, read: Read) -> torch.Tensor:
-    """Held-out images as `centre` makes them, uint8 [B, 3, S, S]; raises BadImage."""
-    return _start(lambda i: centre(read(paths[i]), size), len(paths), size, threads)()
+    """Validation images as `center` makes them, uint8 [B, 3, S, S]; raises BadImage."""
+    return _start(lambda i: center(read(paths[i]), size), len(paths), size, threads)()
 
 
 def _start(

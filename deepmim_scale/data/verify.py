@@ -24,7 +24,7 @@ from deepmim_scale.data.manifest import (
     REPORT_NAME,
     list_images,
     listing_sha,
-    shown,
+    printable,
 )
 from deepmim_scale.data.torch_backend import read_image
 
@@ -67,7 +67,7 @@ def verify_folder(root: Path, threads: int) -> dict[str, Any]:
         "bad": [{"file": name, "kind": kind, "reason": reason} for name, kind, reason in bad],
     }
     _write(root / REPORT_NAME, json.dumps(report, indent=1) + "\n")
-    lines = (f"{shown(name)}\t{kind}: {reason}\n" for name, kind, reason in bad)
+    lines = (f"{printable(name)}\t{kind}: {reason}\n" for name, kind, reason in bad)
     _write(root / QUARANTINE_NAME, "".join(lines))
     state.unlink()
     return report

@@ -1,6 +1,6 @@
 """Two labelled parts of an image folder, DIR/train/<class> and DIR/val/<class>. Imports no torch.
 
-Legend: N training images, M held-out images.
+Legend: N training images, M validation images.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ def _class_names(manifest: Manifest) -> list[str]:
 
 
 def open_classes(data: str) -> Classes:
-    """ConfigError if train or val lacks classes, has a single one, or val has others than train."""
+    """UserError if train or val lacks classes, has a single one, or val has others than train."""
     val_folder, train_folder = find_split(data, "val"), find_split(data, "train")
     if val_folder is None or train_folder is None:
-        raise ConfigError(f"data={data}: has no val; needs {data}/train/<class> and val/<class>")
+        raise UserError(f"data={data}: has no val; needs {data}/train/<class> and val/<class>")
     train, val = open_manifest(train_folder), open_manifest(val_folder)
     for manifest in (train, val):
         if manifest.classes == (".",):
-            raise ConfigError(f"data={manifest.root}: has no classes; needs a folder for each")
+            raise UserError(f"data={manifest.root}: has no classes; needs a folder for each")
     names = sorted(set(_class_names(train)))
     if len(names) == 1:
-        raise ConfigError(f"data={train.root}: has the single class {names[0]}; needs two or more")
+        raise UserError(f"data={train.root}: has the single class {names[0]}; needs two or more")
     foreign = sorted(set(_class_names(val)) - set(names))
     if foreign:
-        raise ConfigError(
+        raise UserError(
             f"data={val.root}: class {foreign[0]} has no images in train; use the same classes"
         )
     number = {name: i for i, name in enumerate(names)}

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError, Frozen
+from deepmim_scale.config import FrozenConfig
+from deepmim_scale.errors import UserError
 
 if TYPE_CHECKING:
     from deepmim_scale.evaluate.classes import Classes
     from deepmim_scale.evaluate.folder import Probe
 
 
-class DigitsArguments(Frozen):
+class DigitsArguments(FrozenConfig):
     """Probe a run's features on scikit-learn's digits (100 labels, 5 draws)."""
 
     run: tyro.conf.Positional[str]
@@ -28,7 +29,7 @@ class DigitsArguments(Frozen):
     """File for the table (default RUN/digits.json)."""
 
 
-class FolderArguments(Frozen):
+class FolderArguments(FrozenConfig):
     """Probe a run's frozen features on the classes of an image folder."""
 
     run: tyro.conf.Positional[str]
@@ -54,7 +55,7 @@ class LinearArguments(FolderArguments):
 
 def run_digits(arguments: DigitsArguments) -> None:
     """Print the table with the best of each kind, and save it as JSON."""
-    from deepmim_scale.train.run_folder import load_run_config
+    from deepmim_scale.runs.folder import load_run_config
 
     load_run_config(arguments.run)
     output = writable("json", arguments.json_file or Path(arguments.run) / "digits.json")
@@ -77,7 +78,7 @@ def run_knn(arguments: KnnArguments) -> None:
     data = _data(arguments)
     classes, k = open_classes(data), arguments.k
     if not 0 < k <= len(classes.labels):
-        raise ConfigError(f"k={k}: must be from 1 to the {len(classes.labels)} training images")
+        raise UserError(f"k={k}: must be from 1 to the {len(classes.labels)} training images")
     settings = {"probe": "knn", "k": k, "temperature": TEMPERATURE}
     _probe(arguments, classes, partial(knn_weighted, k=k), settings)
 
@@ -85,7 +86,7 @@ def run_knn(arguments: KnnArguments) -> None:
 def run_linear(arguments: LinearArguments) -> None:
     """Print the table of the linear probe's accuracies."""
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("linear: scikit-learn is not installed; pip install scikit-learn")
+        raise UserError("linear: scikit-learn is not installed; pip install scikit-learn")
     from deepmim_scale.evaluate.classes import open_classes
     from deepmim_scale.evaluate.probes import FOLDS, linear
 
@@ -93,19 +94,19 @@ def run_linear(arguments: LinearArguments) -> None:
     classes = open_classes(data)
     name, fewest = classes.fewest
     if fewest < FOLDS:
-        raise ConfigError(
+        raise UserError(
             f"data={data}: {fewest} training images of class {name}; the linear probe needs "
-            f"{FOLDS} of each class to choose its regularisation; use evaluate knn"
+            f"{FOLDS} of each class to choose its regularization; use evaluate knn"
         )
     _probe(arguments, classes, partial(linear, num_splits=1), {"probe": "linear"})
 
 
 def _data(arguments: FolderArguments) -> str:
-    from deepmim_scale.train.run_folder import load_run_config
+    from deepmim_scale.runs.folder import load_run_config
 
     run = load_run_config(arguments.run)
     if not arguments.pool:
-        raise ConfigError("pool: names nothing; give one or more of class, mean, 2x2")
+        raise UserError("pool: names nothing; give one or more of class, mean, 2x2")
     if arguments.json_file:
         writable("json", arguments.json_file)
     return arguments.data or run.data
@@ -118,7 +119,7 @@ def _probe(
     from deepmim_scale.evaluate.folder import probe_folder, table
 
     given = ", ".join(f"{key} {value}" for key, value in settings.items())
-    sizes = f"{len(classes.labels)} training and {len(classes.expected)} held-out images"
+    sizes = f"{len(classes.labels)} training and {len(classes.expected)} validation images"
     print(f"{given}; {sizes}, {max(classes.labels) + 1} classes; accuracy in %")
     accuracies = probe_folder(arguments.run, classes, probe, arguments.pool)
     print(table(accuracies, arguments.pool))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.data.samples import load_digits_probe
+from deepmim_scale.errors import UserError
 from deepmim_scale.evaluate.features import PIXELS, Key, load_model, pooled, untrained_model
 from deepmim_scale.evaluate.probes import PROBES
 
@@ -18,7 +18,7 @@ POOLS = ("mean", "2x2")
 
 
 @dataclass(frozen=True)
-class Row:
+class ProbeScore:
     """One line of the table: accuracies as mean and standard deviation over the draws."""
 
     encoder: str
@@ -29,7 +29,7 @@ class Row:
     std: float
 
 
-def probe_rows(key: Key, features: np.ndarray, labels: np.ndarray) -> list[Row]:
+def probe_rows(key: Key, features: np.ndarray, labels: np.ndarray) -> list[ProbeScore]:
     """Rows of all probes for features [N, F] with labels [N]; the draws are fixed."""
     rows = []
     for probe, accuracy in PROBES.items():
@@ -38,15 +38,15 @@ def probe_rows(key: Key, features: np.ndarray, labels: np.ndarray) -> list[Row]:
             order = np.random.RandomState(draw).permutation(len(labels))
             train, test = order[:NUM_LABELS], order[NUM_LABELS:]
             scores.append(accuracy(features[train], labels[train], features[test], labels[test]))
-        rows.append(Row(*key, probe, float(np.mean(scores)), float(np.std(scores))))
+        rows.append(ProbeScore(*key, probe, float(np.mean(scores)), float(np.std(scores))))
     return rows
 
 
-def probe_run(run: str) -> list[Row]:
+def probe_run(run: str) -> list[ProbeScore]:
     """The whole table of a run: raw pixels, untrained and trained encoder, per tapped block."""
     trained = load_model(run)
     if trained.config.img_size != 32:
-        raise ConfigError(f"run={run}: img_size is {trained.config.img_size}; digits are 32 px")
+        raise UserError(f"run={run}: img_size is {trained.config.img_size}; digits are 32 px")
     pixels, labels = load_digits_probe()
     rows = probe_rows(PIXELS, pixels[:, 0].reshape(len(pixels), -1) / 255, labels)
     images = torch.from_numpy(pixels)
@@ -56,7 +56,7 @@ def probe_run(run: str) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[ProbeScore]) -> str:
     """Markdown: a line per features and pooling, a column per probe, accuracies in percent."""
     probes = list(dict.fromkeys(row.probe for row in rows))
     lines = [

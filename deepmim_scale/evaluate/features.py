@@ -1,4 +1,4 @@
-"""Frozen features of a pre-trained encoder, at every block that fed a decoder.
+"""FrozenConfig features of a pre-trained encoder, at every block that fed a decoder.
 
 Legend: N images, L patches, D width.
 """
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepmim_scale.batch import masking_from_noise
 from deepmim_scale.checkpoint.files import resolve
 from deepmim_scale.checkpoint.save import load_weights
+from deepmim_scale.images import normalize
 from deepmim_scale.models import Model, build_model
-from deepmim_scale.models.masking import masking_from_noise
-from deepmim_scale.targets.pixels import normalise
-from deepmim_scale.train.run_folder import load_run_config
+from deepmim_scale.runs.folder import load_run_config
 
 POOLS = ("class", "mean", "2x2")
 
@@ -48,18 +48,18 @@ def untrained_model(run: str | Path) -> Model:
 
 
 def embedded(model: Model, images: Tensor) -> Tensor:
-    """Tokens [N, L+1, D] before the first block, of images [N, 3, S, S], uint8 or normalised."""
+    """Tokens [N, L+1, D] before the first block, of images [N, 3, S, S], uint8 or normalized."""
     num_patches = model.config.num_patches
     order = torch.arange(num_patches, dtype=torch.float32, device=images.device)
     everything = masking_from_noise(order.expand(len(images), -1), num_patches)
-    return model.embed(normalise(images), everything)[0]
+    return model.embed(normalize(images), everything)[0]
 
 
 @torch.no_grad()
 def hidden_states(model: Model, images: Tensor) -> Iterator[Tensor]:
     """Tokens [N, L+1, D] after each block, class token first, of images [N, 3, S, S] unmasked.
 
-    The last block's tokens are normalised by the encoder's final norm, as its decoder sees them.
+    The last block's tokens are normalized by the encoder's final norm, as its decoder sees them.
     """
     hidden = embedded(model, images)
     for index, block in model.blocks.items():

@@ -1,7 +1,7 @@
 """Probes of frozen features on your own classes: DIR/train/<class> and DIR/val/<class>.
 
 Every tapped block of the trained encoder, of the untrained one, and pixels stand side by side.
-Legend: N training images, M held-out images, F features.
+Legend: N training images, M validation images, F features.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from deepmim_scale.data.feed import iter_validation
 from deepmim_scale.data.manifest import Manifest
 from deepmim_scale.evaluate.classes import Classes
 from deepmim_scale.evaluate.features import PIXELS, Key, load_model, pooled, untrained_model
+from deepmim_scale.images import normalize
 from deepmim_scale.models import Model
-from deepmim_scale.targets.pixels import normalise
-from deepmim_scale.train.run_folder import load_run_config
+from deepmim_scale.runs.folder import load_run_config
 
 THUMBNAIL = 32  # longest side of the pixels that are probed as they are
 
@@ -38,7 +38,7 @@ def features_of(
     total = -(-len(manifest) // config.microbatch_size)
     for batch in tqdm(batches, total=total, unit="batch", desc="features", disable=None):
         side = min(THUMBNAIL, config.model.img_size)
-        small = torch.nn.functional.adaptive_avg_pool2d(normalise(batch.images), side)
+        small = torch.nn.functional.adaptive_avg_pool2d(normalize(batch.images), side)
         values = {PIXELS: small.flatten(1)}
         for encoder, model in models.items():
             values |= pooled(encoder, model, batch.images, pools)

@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-NEIGHBOURS = 5
+NEIGHBORS = 5
 TEMPERATURE = 0.07
 FOLDS = 5
 ROWS = 1024  # test samples that are compared at once
-# Strengths of regularisation that cross-validation chooses from.
+# Strengths of regularization that cross-validation chooses from.
 STRENGTHS = np.logspace(-3, 2, 6)
 
 
-def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _standardized(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, std = train.mean(0), train.std(0) + 1e-6
     return (train - mean) / std, (test - mean) / std
 
@@ -28,7 +28,7 @@ def _vote(
     labels: np.ndarray,
     test: np.ndarray,
     expected: np.ndarray,
-    num_neighbours: int,
+    num_neighbors: int,
     weigh: Callable[[np.ndarray], np.ndarray],
 ) -> float:
     """Each of the nearest by cosine votes for its class with a weight that its cosine gives."""
@@ -38,38 +38,38 @@ def _vote(
     for first in range(0, len(test), ROWS):
         part = slice(first, first + ROWS)
         similarity = test[part] @ train.T
-        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :num_neighbours]
+        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :num_neighbors]
         weights = weigh(np.take_along_axis(similarity, nearest, axis=1))
         votes = np.zeros((len(similarity), labels.max() + 1))
-        for rank in range(num_neighbours):
+        for rank in range(num_neighbors):
             np.add.at(votes, (np.arange(len(votes)), labels[nearest[:, rank]]), weights[:, rank])
         right += int((votes.argmax(1) == expected[part]).sum())
     return right / len(test)
 
 
-def knn_centred(
+def knn_centered(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, expected: np.ndarray
 ) -> float:
-    """Accuracy of 5 nearest neighbours by cosine after subtracting the training mean.
+    """Accuracy of 5 nearest neighbors by cosine after subtracting the training mean.
 
     train [N, F], labels [N], test [M, F], expected [M].
     """
     mean = train.mean(0)
-    return _vote(train - mean, labels, test - mean, expected, NEIGHBOURS, lambda cosine: cosine)
+    return _vote(train - mean, labels, test - mean, expected, NEIGHBORS, lambda cosine: cosine)
 
 
-def knn_standardised(
+def knn_standardized(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, expected: np.ndarray
 ) -> float:
-    """Accuracy of 5 nearest neighbours by cosine of standardised features (shapes as above)."""
-    train, test = _standardised(train, test)
-    return _vote(train, labels, test, expected, NEIGHBOURS, lambda cosine: cosine)
+    """Accuracy of 5 nearest neighbors by cosine of standardized features (shapes as above)."""
+    train, test = _standardized(train, test)
+    return _vote(train, labels, test, expected, NEIGHBORS, lambda cosine: cosine)
 
 
 def knn_weighted(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, expected: np.ndarray, k: int = 20
 ) -> float:
-    """Accuracy of k nearest neighbours by cosine with weights exp(cosine / 0.07) (shapes as above).
+    """Accuracy of k nearest neighbors by cosine with weights exp(cosine / 0.07) (shapes as above).
 
     The protocol of Wu et al. 2018 (instance discrimination) and of DINO: features as they are.
     """
@@ -83,19 +83,19 @@ def linear(
     expected: np.ndarray,
     num_splits: int = FOLDS,
 ) -> float:
-    """Accuracy of logistic regression on standardised features (shapes as above).
+    """Accuracy of logistic regression on standardized features (shapes as above).
 
     C is the best over `num_splits` of the 5 splits of cross-validation.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    train, test = _standardised(train, test)
+    train, test = _standardized(train, test)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weak regularisation may stop before it converges
+        warnings.simplefilter("ignore")  # weak regularization may stop before it converges
         splits = list(StratifiedKFold(FOLDS).split(train, labels))[:num_splits]
         search = GridSearchCV(LogisticRegression(max_iter=100), {"C": STRENGTHS}, cv=splits)
         return float(search.fit(train, labels).score(test, expected))
 
 
-PROBES = {"kNN centred": knn_centred, "kNN standardised": knn_standardised, "linear": linear}
+PROBES = {"kNN centered": knn_centered, "kNN standardized": knn_standardized, "linear": linear}

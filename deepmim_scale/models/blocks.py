@@ -126,8 +126,8 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """MAE's initialisation, each parameter from its own stream (seed, name).
+def initialize(model: nn.Module, seed: int) -> None:
+    """MAE's initialization, each parameter from its own stream (seed, name).
 
     A name holds the global block number, so weights do not depend on how a model is cut in stages.
     """

@@ -11,6 +11,7 @@ from deepmim_kernels import decoder_assemble
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from deepmim_scale.batch import Masking
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.models.blocks import (
     CrossBlock,
@@ -20,7 +21,6 @@ from deepmim_scale.models.blocks import (
     position_table,
     transformer_block,
 )
-from deepmim_scale.models.masking import Masking
 
 
 def _chosen(x: Tensor, masking: Masking, queried: bool, full: bool) -> Tensor:
@@ -97,7 +97,7 @@ class Carry(nn.Module):
 
     def __init__(self, config: ModelConfig, *, own_norm: bool) -> None:
         super().__init__()
-        # The last segment is normalised by the encoder's final norm and has none of its own.
+        # The last segment is normalized by the encoder's final norm and has none of its own.
         self.norm = LayerNorm(config.embed_dim) if own_norm else nn.Identity()
         self.embed = nn.Linear(config.embed_dim, config.decoder_embed_dim)
 

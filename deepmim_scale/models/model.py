@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepmim_scale.batch import Masking, masking_from_noise
 from deepmim_scale.config import ModelConfig, RunConfig
-from deepmim_scale.models.blocks import gather_tokens, initialise
-from deepmim_scale.models.masking import Masking, masking_from_noise
+from deepmim_scale.models.blocks import gather_tokens, initialize
 from deepmim_scale.models.stage import Stage, State, loss_members, loss_weight
-from deepmim_scale.models.taps import Leaf, detach_tap, fork, seed
+from deepmim_scale.models.taps import Leaf, detach_tap, fork, gradient_root
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Model(Stage):
         teacher: Tensor | None = None,
         predictions: bool = False,
     ) -> Output:
-        """Losses of images [B, C, H, W], normalised or uint8; noise [B, L] in [0, 1): the mask.
+        """Losses of images [B, C, H, W], normalized or uint8; noise [B, L] in [0, 1): the mask.
 
         `predictions` also returns every decoder's predictions, from full last blocks.
         """
@@ -134,14 +134,14 @@ def local_backward(
         losses[name] = loss.detach()
         backward(loss * loss_weight(model.config))
         del loss, predictions
-    backward(seed(state, (None,) * len(state)))
+    backward(gradient_root(state, (None,) * len(state)))
     return Output(model.total(losses), losses)
 
 
 def build_model(
     config: ModelConfig | RunConfig | Callable[[], RunConfig], *, seed: int = 0, device: str = "cpu"
 ) -> Model:
-    """The whole model of a config or of a preset function, initialised as MAE from `seed`.
+    """The whole model of a config or of a preset function, initialized as MAE from `seed`.
 
     `device="meta"` builds it without memory.
     """
@@ -149,5 +149,5 @@ def build_model(
         config = config()
     with torch.device(device):
         model = Model(config.model if isinstance(config, RunConfig) else config)
-    initialise(model, seed)
+    initialize(model, seed)
     return model

@@ -18,11 +18,11 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deepmim_scale.batch import Masking
 from deepmim_scale.config import ModelConfig
+from deepmim_scale.images import normalize, pixel_scale
 from deepmim_scale.models.blocks import LayerNorm, gather_tokens, position_table, transformer_block
 from deepmim_scale.models.decoder import Carry, CrossDecoder, Decoder, decoder_table
-from deepmim_scale.models.masking import Masking
-from deepmim_scale.targets.pixels import normalise, pixel_scale
 
 State = tuple[Tensor, ...]
 # (decoder's name, its input tensors) -> the tensors with which the encoder goes on
@@ -102,7 +102,7 @@ class Stage(nn.Module):
     def embed(self, images: Tensor, masking: Masking) -> State:
         """State before block 1: visible patches of images [B, C, H, W] with position and CLS.
 
-        images: uint8, or floating and normalised.
+        images: uint8, or floating and normalized.
         """
         dtype, ids = self.cls_token.dtype, masking.ids_visible  # 16-bit weights, 16-bit images
         if use_triton("auto", images):
@@ -112,7 +112,7 @@ class Stage(nn.Module):
             x = F.linear(pixels.to(dtype), project.weight.flatten(1), project.bias)
             x = x + self.pos_embed[0, 1:][ids]
         else:
-            x = self.patch_embed(normalise(images).to(dtype)) + self.pos_embed[:, 1:]
+            x = self.patch_embed(normalize(images).to(dtype)) + self.pos_embed[:, 1:]
             x = gather_tokens(x, ids)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         hidden = torch.cat([cls, x], dim=1)
@@ -150,7 +150,7 @@ class Stage(nn.Module):
     def criterion(self, images: Tensor, masking: Masking, teacher: Tensor | None) -> Criterion:
         """The loss of predictions [B, L-K, P] of the masked patches: one, or a pair to be summed.
 
-        images [B, C, H, W] uint8 or normalised; teacher [B, L+1, P] for loss cosine, or the
+        images [B, C, H, W] uint8 or normalized; teacher [B, L+1, P] for loss cosine, or the
         reconstruction [B, L-K, P] for hybrid targets.
         """
         config, ids, hint = self.config, masking.ids_masked, self.gradient_hint

@@ -57,7 +57,7 @@ class _Fork(Function):
         return _add(downstream, local)
 
 
-class _Seed(Function):
+class _GradientRoot(Function):
     @staticmethod
     def forward(ctx: Any, grads: tuple[Tensor | None, ...], *state: Tensor) -> Tensor:
         ctx.grads = grads
@@ -79,10 +79,10 @@ def detach_tap(feature: Tensor) -> tuple[Tensor, Leaf]:
     return _Tap.apply(feature, leaf), leaf
 
 
-def seed(state: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> Tensor:
+def gradient_root(state: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> Tensor:
     """A scalar 0 whose backward enters `grads` into `state` as they are.
 
     `engine.backward` takes scalars only and multiplies them by loss scale / M; gradients that come
     from a decoder or a later stage carry that factor already, so they must enter unscaled.
     """
-    return _Seed.apply(grads, *state)
+    return _GradientRoot.apply(grads, *state)

@@ -32,7 +32,7 @@ class WeightQueue:
 _current: list[WeightQueue | None] = [None]
 
 
-class filled:
+class defer_weight_gradients:
     """Context: backward passes inside put weight gradients of Linear layers into `queue`."""
 
     def __init__(self, queue: WeightQueue | None) -> None:
@@ -82,7 +82,10 @@ def _add_rows(parameter: nn.Parameter, rows: slice, gradient: Tensor) -> None:
 
 
 def linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
-    """`layer(x)`, or its outputs `rows` alone: [.., I] -> [.., O]; queued inside `filled`."""
+    """`layer(x)`, or its outputs `rows` alone: [.., I] -> [.., O].
+
+    Inside `defer_weight_gradients` the weight gradient is queued.
+    """
     weight, bias = layer.weight[rows], layer.bias[rows]
     if _current[0] is None:
         return F.linear(x, weight, bias)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepmim_scale.batch import Batch, masking_from_noise
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.ds_config import Precision
-from deepmim_scale.models.masking import masking_from_noise
+from deepmim_scale.images import normalize
 from deepmim_scale.models.stage import (
     Criterion,
     State,
@@ -24,27 +25,17 @@ from deepmim_scale.models.stage import (
     loss_members,
     loss_weight,
 )
-from deepmim_scale.models.taps import Leaf, detach_tap, seed
-from deepmim_scale.models.weight_queue import WeightQueue, filled
+from deepmim_scale.models.taps import Leaf, detach_tap, gradient_root
+from deepmim_scale.models.weight_queue import WeightQueue, defer_weight_gradients
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.clock import Clock
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import RankStages, message_specs
+from deepmim_scale.pipeline.ir import Instruction, Kind, Message, Payload, Schedule
 from deepmim_scale.plan.partition import Layout
-from deepmim_scale.plan.schedule import Instruction, Kind, Message, Payload, Schedule
-from deepmim_scale.targets.pixels import normalise
 
 EVALUATION_KINDS = frozenset({"forward", "decoder", "decoder_forward", "decoder_backward", "flush"})
 EVALUATION_PAYLOADS = frozenset({"activation", "prediction"})
-
-
-@dataclass
-class MicroBatch:
-    """What every stage has of a micro-batch: images [B, C, H, W] (uint8 or normalised float) and
-    noise [B, L]."""
-
-    images: Tensor
-    noise: Tensor
 
 
 @dataclass
@@ -79,7 +70,7 @@ class Executor:
         self._clock = Clock(device)
         self._marks: list[tuple[Instruction, Any, Any]] = []
         self.teacher: Callable[[Tensor, Tensor], Tensor] | None = None
-        """Targets from (images normalised, noise) where they are not raw pixels, see `targets`."""
+        """Targets from (images normalized, noise) where they are not raw pixels, see `targets`."""
         self._current = schedule.ranks[rank][-1]
         names = decoder_names(config)
         self._names = [[names[config.taps[k]] for k in stage.decoders] for stage in layout]
@@ -123,7 +114,7 @@ class Executor:
         return {name: m for name, m in members.items() if m[-1] in self._names[stage]}
 
     def train(
-        self, batches: Sequence[MicroBatch], backward: Callable[[Tensor], None]
+        self, batches: Sequence[Batch], backward: Callable[[Tensor], None]
     ) -> dict[str, Tensor]:
         """One step over M micro-batches; returns this rank's losses, summed over them.
 
@@ -132,7 +123,7 @@ class Executor:
         return self._execute(self.schedule.ranks[self.rank], batches, backward)
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """This rank's losses of one batch, without gradients; every rank must call it."""
         steps = [
             step
@@ -145,7 +136,7 @@ class Executor:
     def _execute(
         self,
         steps: Sequence[Instruction],
-        batches: Sequence[MicroBatch],
+        batches: Sequence[Batch],
         backward: Callable[[Tensor], None] | None,
     ) -> dict[str, Tensor]:
         self._backward = backward
@@ -194,7 +185,7 @@ class Executor:
         return self._work.setdefault((step.stage, step.microbatch), _Work())
 
     def _queue(self, queue: WeightQueue) -> Any:
-        return filled(queue if self.schedule.style.split else None)
+        return defer_weight_gradients(queue if self.schedule.style.split else None)
 
     def _post(self, payload: Payload, step: Instruction, target: int, tensors: State) -> None:
         self._mail[payload, step.stage, target, step.microbatch] = tensors
@@ -232,7 +223,7 @@ class Executor:
         if m not in self._criteria:
             batch = self._batches[m]
             # Here and not before the step: it fills bubbles, and few micro-batches hold features.
-            teacher = self.teacher and self.teacher(normalise(batch.images), batch.noise)
+            teacher = self.teacher and self.teacher(normalize(batch.images), batch.noise)
             stage = self.stages[step.stage]
             self._criteria[m] = stage.criterion(batch.images, self._masks[m], teacher)
         return self._criteria[m]
@@ -266,7 +257,7 @@ class Executor:
         if self._is_shallow(step.stage):
             if self._backward is not None:
                 gradients = self._take("prediction_gradient", partner, step)
-                self._backward(seed(tuple(work.predictions.values()), gradients))
+                self._backward(gradient_root(tuple(work.predictions.values()), gradients))
             work.predictions = {}
             return
         partners: dict[str, Tensor] = {}
@@ -295,7 +286,7 @@ class Executor:
             gradients = self._take("gradient", step.stage + 1, step)
         assert self._backward is not None, "evaluation has no backward"
         with self._queue(work.encoder_queue):
-            self._backward(seed(work.outputs, gradients))
+            self._backward(gradient_root(work.outputs, gradients))
         if step.stage > 0 and not pipeline.local_gradients:
             sent = tuple(_gradient(tensor) for tensor in work.inputs)
             self._post("gradient", step, step.stage - 1, sent)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepmim_scale.parallel.stages import Spec
-from deepmim_scale.plan.schedule import Instruction, Payload, Pipeline, Schedule
+from deepmim_scale.pipeline.ir import Instruction, Payload, Pipeline, Schedule
 
 Channel = tuple[Payload, int, int]
 """Payload, source and target as ranks of the pipeline."""

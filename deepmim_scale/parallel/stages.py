@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.ds_config import Precision
-from deepmim_scale.models.blocks import initialise
+from deepmim_scale.models.blocks import initialize
 from deepmim_scale.models.stage import Recompute, Stage
+from deepmim_scale.pipeline.ir import Payload, Pipeline
 from deepmim_scale.plan.cost import segment_of
 from deepmim_scale.plan.partition import Layout
-from deepmim_scale.plan.schedule import Payload, Pipeline
 
 _PRODUCTS: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -68,12 +68,12 @@ def build_rank(
     seed: int,
     recompute: Recompute = "none",
 ) -> RankStages:
-    """Build and initialise the stages of a rank; weights equal those of the whole model."""
+    """Build and initialize the stages of a rank; weights equal those of the whole model."""
     stages = {}
     for number in pipeline.stages_of(rank):
         blocks = layout[number]
         stages[number] = Stage(config, blocks.first + 1, blocks.last, recompute)
-        initialise(stages[number], seed)
+        initialize(stages[number], seed)
     return RankStages(stages)
 
 

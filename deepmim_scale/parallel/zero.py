@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.ds_config import Precision, precision_of
+from deepmim_scale.errors import UserError
 from deepmim_scale.parallel.stages import global_parameters
 
 if not torch.cuda.is_available():
@@ -93,7 +93,7 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
 
 
 def build_grid(num_stages: int) -> PipelineParallelGrid:
-    """Process grid: replicas of a stage adjacent, neighbouring stages num_replicas ranks apart."""
+    """Process grid: replicas of a stage adjacent, neighboring stages num_replicas ranks apart."""
     num_replicas = dist.get_world_size() // num_stages
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
         return PipelineParallelGrid(PipeDataParallelTopology(num_stages, num_replicas))
@@ -304,13 +304,13 @@ def load_scaler_state(engine: Engine, state: dict[str, float]) -> None:
 
 
 def check_apex() -> None:
-    """ConfigError unless NVIDIA apex can be imported (PyPI's `apex` is another project)."""
+    """UserError unless NVIDIA apex can be imported (PyPI's `apex` is another project)."""
     import importlib.util
 
     if importlib.util.find_spec("apex") is None:
-        raise ConfigError("optimizer=apex: NVIDIA apex is not installed; use --optimizer adamw")
+        raise UserError("optimizer=apex: NVIDIA apex is not installed; use --optimizer adamw")
     if importlib.util.find_spec("apex.optimizers") is None:
-        raise ConfigError(
+        raise UserError(
             "optimizer=apex: the apex that is installed is PyPI's web toolkit, not NVIDIA's; "
             "uninstall it, or use --optimizer adamw"
         )

@@ -10,24 +10,25 @@ from typing import Annotated, Any
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError, Frozen, ModelConfig, validated
-from deepmim_scale.plan.draw import draw_gantt, write_trace
-from deepmim_scale.plan.estimate import memory_of, pipeline_of, times_of
-from deepmim_scale.plan.generate import Built, build
-from deepmim_scale.plan.hardware import GPUS, NETWORKS, known
-from deepmim_scale.plan.legal import check_combination
+from deepmim_scale.config import FrozenConfig, ModelConfig, validated
+from deepmim_scale.errors import UserError
+from deepmim_scale.pipeline.builders import BuiltSchedule, build
+from deepmim_scale.pipeline.draw import draw_gantt, write_trace
+from deepmim_scale.pipeline.ir import Name, Placement, to_json
+from deepmim_scale.pipeline.validate import ScheduleError, validate
+from deepmim_scale.plan.compatibility import check_combination
+from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
 from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans
 from deepmim_scale.plan.planner import to_json as plans_to_json
-from deepmim_scale.plan.schedule import Name, Placement, to_json
-from deepmim_scale.plan.training import choose_layout
-from deepmim_scale.plan.validate import ScheduleError, validate
+from deepmim_scale.plan.resolve import choose_layout
+from deepmim_scale.plan.timing import memory_of, pipeline_of, times_of
 from deepmim_scale.presets import load_preset
 
 JsonPath = Annotated[str, tyro.conf.arg(name="json")]
 
 
-class PlanArguments(Frozen):
+class PlanArguments(FrozenConfig):
     """Predict time, memory and bytes of every way to run a preset on a cluster."""
 
     preset: str
@@ -46,7 +47,7 @@ class PlanArguments(Frozen):
     """File for the plans as JSON."""
 
 
-class ScheduleArguments(Frozen):
+class ScheduleArguments(FrozenConfig):
     """Build, check, simulate and draw the schedule of one optimizer step."""
 
     preset: str
@@ -83,7 +84,7 @@ def plan(args: PlanArguments) -> None:
         _positive(key, getattr(args, key))
     _check_files(args.json_path)
     config = load_preset(args.preset)
-    gpu, network = known("gpu", args.gpu, GPUS), known("network", args.network, NETWORKS)
+    gpu, network = lookup("gpu", args.gpu, GPUS), lookup("network", args.network, NETWORKS)
     global_batch = args.global_batch or config.global_batch or config.microbatch_size
     cluster = Cluster(args.nodes, args.gpus_per_node, gpu, network)
     plans = enumerate_plans(config.model, cluster, global_batch)
@@ -151,18 +152,18 @@ def schedule(args: ScheduleArguments) -> None:
     )
     layout = choose_layout(model, args.stages, args.placement, args.layout)
     pipeline = pipeline_of(model, layout, args.placement)
-    gpu = known("gpu", args.gpu, GPUS)
+    gpu = lookup("gpu", args.gpu, GPUS)
     images = args.microbatch_size or config.microbatch_size
-    bandwidth = known("network", args.network, NETWORKS) * 1e9 if args.network else float("inf")
+    bandwidth = lookup("network", args.network, NETWORKS) * 1e9 if args.network else float("inf")
 
     memory = memory_of(model, layout, images)
 
-    def simulated(name: Name) -> Built:
+    def simulated(name: Name) -> BuiltSchedule:
         times = times_of(
             model,
             layout,
             images,
-            gpu.peak_tflops * 1e12 * gpu.utilisation,
+            gpu.peak_tflops * 1e12 * gpu.utilization,
             lambda source, target: 1 / bandwidth,
             split=name in ("dib_w", "zb_h1"),
         )
@@ -201,7 +202,7 @@ def schedule(args: ScheduleArguments) -> None:
         write_trace(timeline, args.trace)
 
 
-def _schedule_json(built: Built, speedup: float, layout: str) -> dict[str, Any]:
+def _schedule_json(built: BuiltSchedule, speedup: float, layout: str) -> dict[str, Any]:
     timeline, lists = built.timeline, built.schedule
     return {
         "schedule": lists.name,
@@ -225,12 +226,12 @@ def _schedule_json(built: Built, speedup: float, layout: str) -> dict[str, Any]:
 
 def _positive(key: str, value: int | None) -> None:
     if value is not None and value < 1:
-        raise ConfigError(f"{key}={value}: must be positive")
+        raise UserError(f"{key}={value}: must be positive")
 
 
 def _check_files(json_path: str, picture: str = "", trace: str = "") -> None:
     if picture and Path(picture).suffix not in (".png", ".svg"):
-        raise ConfigError(f"picture={picture}: must end in .png or .svg")
+        raise UserError(f"picture={picture}: must end in .png or .svg")
     for key, path in (("json", json_path), ("picture", picture), ("trace", trace)):
         if path:
             writable(key, path)

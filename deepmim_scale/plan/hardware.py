@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -19,7 +19,7 @@ class Gpu:
     peak_tflops: float
     """Dense 16-bit tensor-core rate, TFLOP/s."""
     memory_gib: float
-    utilisation: float
+    utilization: float
     """Share of the peak that large micro-batches reach (assumed until measured)."""
     intra_gbytes: float
     """Bandwidth per direction between GPUs of a node, GB/s."""
@@ -56,10 +56,10 @@ NETWORKS: dict[str, float] = {
 """Name to bandwidth of one node per direction, GB/s (line rate)."""
 
 
-def known(key: str, name: str, table: Mapping[str, Value]) -> Value:
-    """The entry of GPUS or NETWORKS; ConfigError lists the names there are."""
+def lookup(key: str, name: str, table: Mapping[str, Value]) -> Value:
+    """The entry of GPUS or NETWORKS; UserError lists the names there are."""
     if name not in table:
-        raise ConfigError(f"{key}={name}: unknown; use one of {', '.join(table)}")
+        raise UserError(f"{key}={name}: unknown; use one of {', '.join(table)}")
     return table[name]
 
 
@@ -73,5 +73,5 @@ def gpu_named(device_name: str) -> Gpu | None:
 
 
 def mfu(training_flops_per_image: float, images_per_second_per_gpu: float, gpu: Gpu) -> float:
-    """Model FLOP utilisation: share of the dense 16-bit peak that the model's own FLOPs use."""
+    """Model FLOP utilization: share of the dense 16-bit peak that the model's own FLOPs use."""
     return training_flops_per_image * images_per_second_per_gpu / (gpu.peak_tflops * 1e12)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
 from deepmim_scale.plan.cost import StageCost, stage_cost
 
 
 @dataclass(frozen=True)
-class Stage:
+class BlockRange:
     """Blocks `first`..`last` - 1 (from 0) and the decoders (indices from 0) after them."""
 
     first: int
@@ -24,13 +25,13 @@ class Stage:
     decoders: tuple[int, ...]
 
 
-Layout = tuple[Stage, ...]
+Layout = tuple[BlockRange, ...]
 
 
 def stages_at(config: ModelConfig, cuts: Sequence[int]) -> Layout:
     """Stages that end after the given numbers of blocks, the last being the depth."""
     return tuple(
-        Stage(a, b, tuple(k for k, tap in enumerate(config.taps) if a < tap <= b))
+        BlockRange(a, b, tuple(k for k, tap in enumerate(config.taps) if a < tap <= b))
         for a, b in zip([0, *cuts[:-1]], cuts, strict=True)
     )
 
@@ -71,7 +72,7 @@ def partition(
     """The layout whose slowest stage runs the fewest FLOPs (the teacher's too) under a memory cap.
 
     `stage_bytes(stage, cost)` is what a stage of that number needs. MIRL is cut into equal runs of
-    segments. Raises ConfigError when no layout fits.
+    segments. Raises UserError when no layout fits.
     """
     if config.method == "mirl":
         run = config.depth // num_stages
@@ -86,7 +87,7 @@ def partition(
         ),
     )
     if cuts is None:
-        raise ConfigError(
+        raise UserError(
             f"stages={num_stages}: no cut of {config.depth} blocks fits {memory_limit / 2**30:.1f} "
             "GiB; use more stages, more replicas or a smaller microbatch_size"
         )
@@ -109,14 +110,14 @@ def format_layout(layout: Layout, config: ModelConfig) -> str:
 
 
 def parse_layout(text: str, config: ModelConfig) -> Layout:
-    """Read a layout string; ConfigError unless blocks and decoders are those of the model."""
+    """Read a layout string; UserError unless blocks and decoders are those of the model."""
     cuts: list[int] = []
     taps: list[int] = []
     block = 0
     for part in text.split("|"):
         if not re.fullmatch(r"(\d+d)*\d+d?", part):
             example = format_layout(stages_at(config, [config.depth]), config)
-            raise ConfigError(
+            raise UserError(
                 f"layout={text}: '{part}' is no stage; write numbers of blocks, each followed by d "
                 f"where a decoder taps it, stages separated by |; on one stage it is {example}"
             )
@@ -125,16 +126,16 @@ def parse_layout(text: str, config: ModelConfig) -> Layout:
             taps += [block] if decoder else []
         cuts.append(block)
     if block != config.depth or any(a >= b for a, b in zip([0, *cuts], cuts, strict=False)):
-        raise ConfigError(
+        raise UserError(
             f"layout={text}: adds up to {block} blocks in {len(cuts)} stages; must be "
             f"depth={config.depth} with at least one block in each stage"
         )
     if tuple(taps) != config.taps:
-        raise ConfigError(
+        raise UserError(
             f"layout={text}: decoders after blocks {taps}, but taps={list(config.taps)}; "
             f"write {format_layout(stages_at(config, cuts), config)}"
         )
     layout = stages_at(config, cuts)
     if config.method == "mirl" and layout != partition(config, len(cuts)):
-        raise ConfigError(f"layout={text}: mirl needs equal runs of segments; leave layout out")
+        raise UserError(f"layout={text}: mirl needs equal runs of segments; leave layout out")
     return layout

@@ -2,7 +2,7 @@
 
 Legend: P stages, D replicas, B images of a micro-batch, M micro-batches, G = B * M * D.
 
-Assumptions, to be replaced by measurements: a GPU reaches `Gpu.utilisation` of its peak, less with
+Assumptions, to be replaced by measurements: a GPU reaches `Gpu.utilization` of its peak, less with
 small micro-batches (factor B / (B + 2)); every instruction takes its FLOPs at that rate; precision
 is autocast; gradients are summed by a ring all-reduce in 16 bits and updated weights gathered in
 fp32, neither of which overlaps computation, nor do transfers between stages; ranks are stage-major,
@@ -17,7 +17,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.pipeline.builders import build
+from deepmim_scale.pipeline.ir import Name, Pipeline, Placement
+from deepmim_scale.plan.compatibility import check_combination
 from deepmim_scale.plan.cost import (
     Reduction,
     StageCost,
@@ -26,12 +30,9 @@ from deepmim_scale.plan.cost import (
     zero2_state_bytes,
     zero2_traffic_bytes,
 )
-from deepmim_scale.plan.estimate import layout_of, memory_of, messages_of, pipeline_of, times_of
-from deepmim_scale.plan.generate import build
 from deepmim_scale.plan.hardware import Gpu, mfu
-from deepmim_scale.plan.legal import check_combination
 from deepmim_scale.plan.partition import Layout, format_layout
-from deepmim_scale.plan.schedule import Name, Pipeline, Placement
+from deepmim_scale.plan.timing import layout_of, memory_of, messages_of, pipeline_of, times_of
 
 MEMORY_SHARE = 0.9
 """Of a GPU's memory; the rest is for communication buckets, work space and fragmentation."""
@@ -85,10 +86,10 @@ class Plan:
 
 
 def enumerate_plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> list[Plan]:
-    """Every legal plan, the fastest that fits first; ConfigError when there is none."""
+    """Every legal plan, the fastest that fits first; UserError when there is none."""
     plans = list(_plans(model, cluster, global_batch))
     if not plans:
-        raise ConfigError(
+        raise UserError(
             f"global_batch={global_batch}: cannot be shared by {cluster.num_gpus} GPUs in "
             f"micro-batches of {MICROBATCHES[0]} or more images; use a multiple of "
             f"{MICROBATCHES[0] * cluster.num_gpus}"
@@ -116,7 +117,7 @@ def _plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[
             for name in names if stages > 1 else ("dib",):
                 try:
                     check_combination(model, stages, name, placement)
-                except ConfigError:
+                except UserError:
                     continue
                 for microbatch in MICROBATCHES:
                     if global_batch % (microbatch * replicas):
@@ -165,7 +166,7 @@ def predict(
 
     plan = predicted(layout_of(model, stages, placement))
     if not plan.fits:
-        with contextlib.suppress(ConfigError):  # no cut fits
+        with contextlib.suppress(UserError):  # no cut fits
             limit = _usable_bytes(cluster.gpu)
             return predicted(layout_of(model, stages, placement, stage_bytes, limit))
     return plan
@@ -189,7 +190,7 @@ def _predict(
     stages = pipeline.num_ranks
     replicas = cluster.num_gpus // stages
     limit = _usable_bytes(cluster.gpu)
-    rate = cluster.gpu.peak_tflops * 1e12 * cluster.gpu.utilisation * microbatch / (microbatch + 2)
+    rate = cluster.gpu.peak_tflops * 1e12 * cluster.gpu.utilization * microbatch / (microbatch + 2)
     times = times_of(
         model,
         layout,

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepmim_scale.arguments import parse_run
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import resolve_batch
-from deepmim_scale.plan.legal import check_combination
+from deepmim_scale.errors import UserError
+from deepmim_scale.plan.compatibility import check_combination
 from deepmim_scale.plan.planner import Plan, predict
 from deepmim_scale.presets import load_preset
 from deepmim_scale.study.settings import StudyArguments
@@ -54,7 +55,7 @@ class Cell:
 
 
 def build_cells(args: StudyArguments) -> list[Cell]:
-    """All cells by depth, the baseline of each depth first; ConfigError if none is legal."""
+    """All cells by depth, the baseline of each depth first; UserError if none is legal."""
     cells = [
         _cell(args, depth, stages, schedule)
         for depth in args.depths
@@ -62,20 +63,20 @@ def build_cells(args: StudyArguments) -> list[Cell]:
         for schedule in (args.schedules if stages > 1 else (BASELINE_SCHEDULE,))
     ]
     if not any(cell.job for cell in cells):
-        raise ConfigError(f"no cell can be run; the first, {cells[0].name}: {cells[0].problem}")
+        raise UserError(f"no cell can be run; the first, {cells[0].name}: {cells[0].problem}")
     return cells
 
 
 def _cell(args: StudyArguments, depth: int, stages: int, schedule: str) -> Cell:
     try:
         return Cell(depth, stages, schedule, _job(args, depth, stages, schedule))
-    except ConfigError as error:
+    except UserError as error:
         return Cell(depth, stages, schedule, None, str(error))
 
 
 def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> Job:
     if args.processes % stages:
-        raise ConfigError(f"stages={stages}: must divide the {args.processes} processes")
+        raise UserError(f"stages={stages}: must divide the {args.processes} processes")
     preset = load_preset(args.preset).model
     folded = preset.method == "mirl" and stages == preset.num_segments // 2
     spread = preset.method == "deepmim" and depth != preset.depth

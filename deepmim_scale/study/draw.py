@@ -10,7 +10,7 @@ MARKERS = "osD^vP*X"
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A PNG of four panels, a colour per (stages, schedule); predictions if nothing is measured."""
+    """A PNG of four panels, a color per (stages, schedule); predictions if nothing is measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -60,8 +60,8 @@ def _plot(axes: Any, rows: list[Row], key: str, scale: float = 1, **style: Any) 
         axes.plot(*zip(*points, strict=True), **style)
 
 
-def _spread(axes: Any, rows: list[Row], colour: str) -> None:
+def _spread(axes: Any, rows: list[Row], color: str) -> None:
     """Bars from the 20th to the 80th percentile of the steps."""
     done = [row for row in rows if row["images_per_second"] is not None]
     ends = ([row[f"images_per_second_{end}"] for row in done] for end in ("p20", "p80"))
-    axes.vlines([row["depth"] for row in done], *ends, color=colour, linewidth=3, alpha=0.4)
+    axes.vlines([row["depth"] for row in done], *ends, color=color, linewidth=3, alpha=0.4)

@@ -21,9 +21,9 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+from deepmim_scale.runs.folder import METRICS, read_metrics
 from deepmim_scale.study.cells import Cell
 from deepmim_scale.study.settings import RUNS, StudyArguments
-from deepmim_scale.train.run_folder import METRICS, read_metrics
 
 PRETRAIN = "deepmim_scale.train.pretrain"
 EXIT_CODE = "exit code"  # begins the last line of a log

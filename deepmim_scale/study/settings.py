@@ -11,8 +11,9 @@ import tyro
 from pydantic import model_validator
 
 from deepmim_scale.arguments import read_json
-from deepmim_scale.config import ConfigError, Frozen
-from deepmim_scale.plan.hardware import GPUS, NETWORKS, known
+from deepmim_scale.config import FrozenConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
 from deepmim_scale.plan.planner import Cluster
 from deepmim_scale.presets import load_preset
 
@@ -63,7 +64,7 @@ Names = Annotated[
 ]
 
 
-class StudyArguments(Frozen):
+class StudyArguments(FrozenConfig):
     """Measure images/s, memory, idle share and loss over depth, stages and schedules."""
 
     output: str
@@ -121,8 +122,8 @@ class StudyArguments(Frozen):
         for name in self.schedules:
             if name not in SCHEDULES:
                 raise ValueError(f"schedules={name}: unknown; use {', '.join(SCHEDULES)}")
-        known("gpu", self.gpu, GPUS)
-        known("network", self.network, NETWORKS)
+        lookup("gpu", self.gpu, GPUS)
+        lookup("network", self.network, NETWORKS)
         for word in self.flags:
             flag = word.split("=")[0].replace("_", "-")
             if flag in _TAKEN:
@@ -143,14 +144,12 @@ class StudyArguments(Frozen):
 
 
 def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
-    """Fill in what the preset and a machine with `num_gpus` decide; ConfigError for a mistake."""
+    """Fill in what the preset and a machine with `num_gpus` decide; UserError for a mistake."""
     preset = load_preset(args.preset)
     if not args.data and not args.dry_run:
-        raise ConfigError("data: missing; give an image folder, or --dry-run to predict only")
+        raise UserError("data: missing; give an image folder, or --dry-run to predict only")
     if args.nodes > 1 and not args.hostfile and not args.dry_run:
-        raise ConfigError(
-            f"nodes={args.nodes}: need --hostfile FILE; see launcher/hostfile.example"
-        )
+        raise UserError(f"nodes={args.nodes}: need --hostfile FILE; see launcher/hostfile.example")
     per_node = args.gpus_per_node or num_gpus or max(args.stages)
     size = args.microbatch_size or preset.microbatch_size
     batch = args.global_batch or preset.global_batch or size * per_node * args.nodes
@@ -159,12 +158,12 @@ def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
 
 
 def check_folder(args: StudyArguments) -> StudyArguments:
-    """The settings to go on with in the study's folder; ConfigError if it holds another study."""
+    """The settings to go on with in the study's folder; UserError if it holds another study."""
     folder = Path(args.output)
     saved = folder / RESULTS
     if not saved.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"output={folder}: holds other files; choose an empty folder")
+            raise UserError(f"output={folder}: holds other files; choose an empty folder")
         return args
     if not (folder / RUNS).is_dir():  # predictions only
         return args
@@ -173,7 +172,7 @@ def check_folder(args: StudyArguments) -> StudyArguments:
         args = args.model_copy(update={"data": theirs["data"]})
     for key, value in args.model_dump(mode="json").items():
         if key not in _FREE and theirs.get(key) != value:
-            raise ConfigError(
+            raise UserError(
                 f"{key}={value}: {folder} holds a study with {key}={theirs.get(key)}; "
                 "choose another --output"
             )

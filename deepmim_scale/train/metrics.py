@@ -13,7 +13,7 @@ import torch
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.plan.hardware import Gpu, gpu_named, mfu
-from deepmim_scale.train.run_folder import METRICS, read_metrics
+from deepmim_scale.runs.folder import METRICS, read_metrics
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.arguments import difference
-from deepmim_scale.config import ConfigError, RunConfig, count, num_steps
+from deepmim_scale.config import RunConfig, num_steps, pluralize
 from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.ds_config import (
@@ -19,8 +19,9 @@ from deepmim_scale.ds_config import (
     resolve_batch,
     resolve_ds_config,
 )
-from deepmim_scale.plan.training import TrainingPlan, training_plan
-from deepmim_scale.train.run_folder import check_output
+from deepmim_scale.errors import UserError
+from deepmim_scale.plan.resolve import TrainingPlan, training_plan
+from deepmim_scale.runs.folder import check_output
 from deepmim_scale.train.teachers import build_teacher, check_teacher
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ PROFILED = (11, 13)
 
 
 @dataclass(frozen=True)
-class Task:
+class PreparedRun:
     """A run that has passed every check."""
 
     config: RunConfig
@@ -44,22 +45,22 @@ class Task:
     samples: SamplePlan
     pipeline: TrainingPlan
     train: Manifest
-    held_out: Manifest | None
+    validation: Manifest | None
     may_resume: bool
     """The output folder holds this run."""
     teacher: nn.Module | None
     """Gives targets from (images, noise) where they are not raw pixels."""
 
 
-def prepare(config: RunConfig) -> Task:
-    """Check a run for the processes that the launcher started; ConfigError for a mistake.
+def prepare(config: RunConfig) -> PreparedRun:
+    """Check a run for the processes that the launcher started; UserError for a mistake.
 
     What needs no torch comes first, so that most mistakes are told within a second.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.stages:
-        raise ConfigError(
-            f"stages={config.stages}: must divide the {count(world, 'process', 'processes')}; "
+        raise UserError(
+            f"stages={config.stages}: must divide the {pluralize(world, 'process', 'processes')}; "
             "change --stages or the launcher's number of processes"
         )
     changes = difference(config)
@@ -70,11 +71,11 @@ def prepare(config: RunConfig) -> Task:
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     may_resume = check_output(config)
     if not config.data:
-        raise ConfigError("data: missing; give an image folder, see `deepmim-scale data samples`")
-    train_folder, held_out_folder = (find_split(config.data, split) for split in ("train", "val"))
+        raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")
+    train_folder, validation_folder = (find_split(config.data, split) for split in ("train", "val"))
     assert train_folder is not None, "find_split raises where there is no training folder"
     train = open_manifest(train_folder, config.on_bad)
-    held_out = open_manifest(held_out_folder, config.on_bad) if held_out_folder else None
+    validation = open_manifest(validation_folder, config.on_bad) if validation_folder else None
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
     _check_length(config, samples.steps_per_epoch)
 
@@ -83,7 +84,7 @@ def prepare(config: RunConfig) -> Task:
     ds_config, filled_in = resolve_ds_config(given, config, batch)
     # On every rank, so that a mistake is told before any rank waits for another.
     teacher = build_teacher(config)
-    return Task(
+    return PreparedRun(
         config,
         changes,
         ds_config,
@@ -92,7 +93,7 @@ def prepare(config: RunConfig) -> Task:
         samples,
         pipeline,
         train,
-        held_out,
+        validation,
         may_resume,
         teacher,
     )
@@ -101,14 +102,14 @@ def prepare(config: RunConfig) -> Task:
 def _check_length(config: RunConfig, steps_per_epoch: int) -> None:
     steps = num_steps(config, steps_per_epoch)
     if steps == 0:
-        raise ConfigError(
+        raise UserError(
             f"epochs={config.epochs:g}: less than a step, an epoch has "
-            f"{count(steps_per_epoch, 'step')}; raise --epochs or give --steps"
+            f"{pluralize(steps_per_epoch, 'step')}; raise --epochs or give --steps"
         )
     if config.profile and steps < PROFILED[1]:
-        raise ConfigError(
+        raise UserError(
             f"profile=True: traces steps {PROFILED[0]} to {PROFILED[1]}, the run has "
-            f"{count(steps, 'step')}; give more --steps or leave --profile out"
+            f"{pluralize(steps, 'step')}; give more --steps or leave --profile out"
         )
 
 
@@ -126,37 +127,40 @@ def _check_machine(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
     on_gpu = torch.cuda.is_available()
     if precision_of(ds_config) in ("float16", "pure_float16") and not on_gpu:
-        raise ConfigError(
+        raise UserError(
             f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
             "use ds_configs/cpu_fp32.json"
         )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if config.kernels == "triton" and not (on_gpu or interpreted):
-        raise ConfigError("kernels=triton: needs a GPU; use --kernels auto")
+        raise UserError("kernels=triton: needs a GPU; use --kernels auto")
     if config.optimizer == "apex":
         from deepmim_scale.parallel.zero import check_apex
 
         check_apex()
 
 
-def describe(task: Task) -> Iterator[str]:
+def describe(prepared: PreparedRun) -> Iterator[str]:
     """What a run prints at its start, line by line."""
-    config, batch = task.config, task.batch
-    yield f"preset {config.preset or 'none'}: {' '.join(task.changes) or 'unchanged'}"
-    held_out = f"; held out {len(task.held_out)}" if task.held_out else ""
-    yield f"data: {task.train.describe()}{held_out}"
-    for note in (*task.train.notes, *(task.held_out.notes if task.held_out else ())):
+    config, batch = prepared.config, prepared.batch
+    yield f"preset {config.preset or 'none'}: {' '.join(prepared.changes) or 'unchanged'}"
+    validation = f"; validation {len(prepared.validation)}" if prepared.validation else ""
+    yield f"data: {prepared.train.describe()}{validation}"
+    for note in (
+        *prepared.train.notes,
+        *(prepared.validation.notes if prepared.validation else ()),
+    ):
         yield f"data: {note}"
-    yield f"deepspeed: {' '.join(task.filled_in)}"
+    yield f"deepspeed: {' '.join(prepared.filled_in)}"
     rate = config.blr * batch.global_batch / 256
     yield (
         f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 = {_scientific(rate)}"
     )
     if config.stages > 1:
-        idle = task.pipeline.built.timeline.idle_fraction
+        idle = prepared.pipeline.built.timeline.idle_fraction
         yield (
-            f"pipeline: {config.stages} stages {task.pipeline.text}, {config.schedule}, "
-            f"{config.placement}, {count(batch.microbatches, 'micro-batch', 'micro-batches')}; "
+            f"pipeline: {config.stages} stages {prepared.pipeline.text}, {config.schedule}, "
+            f"{config.placement}, {pluralize(batch.microbatches, 'micro-batch', 'micro-batches')}; "
             f"simulated idle share {idle:.1%}"
         )
         if batch.microbatches < config.stages:

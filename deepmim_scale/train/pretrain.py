@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deepmim_scale.arguments import is_speaker, parse_run, run_command
-from deepmim_scale.config import ConfigError, RunConfig
-from deepmim_scale.train.prepare import Task, describe, prepare
+from deepmim_scale.arguments import is_main_process, parse_run, run_command
+from deepmim_scale.config import RunConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.train.prepare import PreparedRun, describe, prepare
 
 if TYPE_CHECKING:
     import torch
@@ -20,24 +21,26 @@ if TYPE_CHECKING:
 def pretrain(config: RunConfig) -> None:
     """Pre-train as `config` says, in the processes that the launcher started."""
     os.environ["DEEPMIM_KERNELS"] = config.kernels  # read when the kernels are imported
-    task = prepare(config)
+    prepared = prepare(config)
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(describe(task)), flush=True)
+        print("\n".join(describe(prepared)), flush=True)
     import torch
 
     from deepmim_scale.data.backend import BadImage
     from deepmim_scale.parallel import failure, zero
 
-    failure.limit_waits(task.config.timeout)
+    failure.limit_waits(prepared.config.timeout)
     trainer: Trainer | None = None
     try:
-        trainer = _start(task, zero.init_processes(task.config.timeout))
+        trainer = _start(prepared, zero.init_processes(prepared.config.timeout))
         if not trainer.finished:
             trainer.run()
-            trainer.progress.say(f"done: {trainer.step} steps, results in {config.output}")
+            trainer.progress.print_main(f"done: {trainer.step} steps, results in {config.output}")
         torch.distributed.destroy_process_group()
-    except ConfigError as error:
-        if isinstance(error, BadImage) and not is_speaker():  # only the rank that decoded it knows
+    except UserError as error:
+        if (
+            isinstance(error, BadImage) and not is_main_process()
+        ):  # only the rank that decoded it knows
             print(f"error: {error}", file=sys.stderr)
         raise
     except BrokenPipeError:  # of our own output, not of a peer
@@ -46,14 +49,14 @@ def pretrain(config: RunConfig) -> None:
         failure.leave(error, trainer.executor if trainer else None)
 
 
-def _start(task: Task, device: torch.device) -> Trainer:
+def _start(prepared: PreparedRun, device: torch.device) -> Trainer:
     from deepmim_scale.train.trainer import Trainer
 
-    trainer = Trainer(task, device)
-    say = trainer.progress.say
-    warmup_steps = task.config.warmup_epochs * task.samples.steps_per_epoch
+    trainer = Trainer(prepared, device)
+    say = trainer.progress.print_main
+    warmup_steps = prepared.config.warmup_epochs * prepared.samples.steps_per_epoch
     if trainer.finished:
-        say(f"finished already: {trainer.step} steps, results in {task.config.output}")
+        say(f"finished already: {trainer.step} steps, results in {prepared.config.output}")
     elif trainer.checkpoint is not None:
         say(f"resuming after step {trainer.step} from {trainer.checkpoint}")
     elif trainer.total_steps < warmup_steps:
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pretrain") -> None:
     def command() -> None:
         pretrain(parse_run(words, prog=prog))
 
-    if any(word in ("-h", "--help") for word in words) and not is_speaker():
+    if any(word in ("-h", "--help") for word in words) and not is_main_process():
         return
     run_command(command)
 

@@ -11,19 +11,19 @@ from tqdm import tqdm
 class Progress:
     """Prints for the rank that speaks."""
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, is_main: bool) -> None:
+        self._is_main = is_main
         self._bar: tqdm | None = None
 
-    def say(self, text: str) -> None:
+    def print_main(self, text: str) -> None:
         """One line, above the bar if there is one."""
-        if self._speaks:
+        if self._is_main:
             tqdm.write(text)
             sys.stdout.flush()
 
     def start(self, total: int, first: int) -> None:
         """Begin a run of `total` steps of which `first` are done."""
-        if self._speaks and sys.stdout.isatty():
+        if self._is_main and sys.stdout.isatty():
             self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stdout)
 
     def step(self, row: dict[str, Any], total: int, every: int) -> None:
@@ -32,7 +32,7 @@ class Progress:
             self._bar.update()
             self._bar.set_postfix_str(f"loss {row['loss']:.4f}")
         if row["step"] % every == 0 or row["step"] == total or row["skipped"]:
-            self.say(step_line(row, total))
+            self.print_main(step_line(row, total))
 
     def close(self) -> None:
         """End the bar."""
@@ -43,14 +43,14 @@ class Progress:
 def step_line(row: dict[str, Any], total: int) -> str:
     """One step as one line."""
     losses = " ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
-    utilisation = f" | MFU {row['mfu']:.1%}" if "mfu" in row else ""
+    utilization = f" | MFU {row['mfu']:.1%}" if "mfu" in row else ""
     idle = sum(row["idle_fraction"]) / len(row["idle_fraction"])
     waiting = f" | idle {idle:.0%}" if idle >= 0.01 else ""  # of a pipeline's ranks, measured
-    held_out = f" | held out {row['validation_loss']:.4f}" if "validation_loss" in row else ""
+    validation = f" | validation {row['validation_loss']:.4f}" if "validation_loss" in row else ""
     skipped = " | skipped: gradients not finite" if row["skipped"] else ""
     return (
         f"step {row['step']}/{total}{skipped} | loss {row['loss']:.4f} ({losses}) | "
         f"grad {row['grad_norm']:.3f} | lr {row['learning_rate']:.2e} | "
-        f"{row['images_per_second']:.0f} images/s{utilisation}{waiting} | "
-        f"{max(row['peak_memory_gib']):.2f} GiB | wait {row['loader_wait_ms']:.0f} ms{held_out}"
+        f"{row['images_per_second']:.0f} images/s{utilization}{waiting} | "
+        f"{max(row['peak_memory_gib']):.2f} GiB | wait {row['loader_wait_ms']:.0f} ms{validation}"
     )

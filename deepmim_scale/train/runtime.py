@@ -17,7 +17,7 @@ from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.executor import Executor
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import RankStages, build_rank
-from deepmim_scale.plan.training import TrainingPlan
+from deepmim_scale.plan.resolve import TrainingPlan
 from deepmim_scale.train.optim import parameter_groups
 
 

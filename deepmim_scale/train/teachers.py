@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deepmim_scale.config import ConfigError, ModelConfig, RunConfig, even_alphas, validated
-from deepmim_scale.targets import require_open_clip
-from deepmim_scale.train.run_folder import load_run_config
+from deepmim_scale.config import ModelConfig, RunConfig, even_alphas, validated
+from deepmim_scale.errors import UserError
+from deepmim_scale.objectives import require_open_clip
+from deepmim_scale.runs.folder import load_run_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +17,7 @@ SHARED = ("loss", "img_size", "patch_size", "in_chans", "norm_pix", "mask_ratio"
 
 
 def check_teacher(config: RunConfig) -> RunConfig:
-    """`config` with its hybrid targets spelled out, without torch; ConfigError if they cannot be.
+    """`config` with its hybrid targets spelled out, without torch; UserError if they cannot be.
 
     Hybrid targets go from x_hat at the first tap evenly to raw pixels at the last by default.
     """
@@ -26,12 +27,12 @@ def check_teacher(config: RunConfig) -> RunConfig:
         return config
     ours, theirs = config.model, load_run_config(config.hybrid).model
     if theirs.method != "mae":
-        raise ConfigError(
+        raise UserError(
             f"hybrid={config.hybrid}: a run of method {theirs.method}; give one of method mae"
         )
     for key in SHARED:
         if getattr(theirs, key) != getattr(ours, key):
-            raise ConfigError(
+            raise UserError(
                 f"hybrid={config.hybrid}: has {key}={getattr(theirs, key)}, this run "
                 f"{key}={getattr(ours, key)}; they must be equal"
             )
@@ -43,7 +44,7 @@ def check_teacher(config: RunConfig) -> RunConfig:
 def build_teacher(config: RunConfig) -> nn.Module | None:
     """What gives a micro-batch's targets from (images, noise), on the CPU; None for raw pixels."""
     if config.model.loss == "cosine":
-        from deepmim_scale.targets.clip import load_teacher
+        from deepmim_scale.objectives.clip import load_teacher
 
         return load_teacher(config.teacher, config.teacher_weights, config.model)
     if not config.hybrid:
@@ -51,7 +52,7 @@ def build_teacher(config: RunConfig) -> nn.Module | None:
     from deepmim_scale.checkpoint.files import resolve
     from deepmim_scale.checkpoint.save import load_weights
     from deepmim_scale.models import build_model
-    from deepmim_scale.targets.hybrid import Generator
+    from deepmim_scale.objectives.hybrid import Generator
 
     model = build_model(load_run_config(config.hybrid).model)
     load_weights(resolve(config.hybrid), model)

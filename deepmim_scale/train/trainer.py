@@ -15,21 +15,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepmim_scale.batch import Batch
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import save_checkpoint
-from deepmim_scale.config import ConfigError, num_steps
-from deepmim_scale.data.feed import Batch, Feed, build_feed, iter_validation
-from deepmim_scale.data.loader import build_backend
+from deepmim_scale.config import num_steps
+from deepmim_scale.data.backends import build_backend
+from deepmim_scale.data.feed import StepLoader, build_feed, iter_validation
 from deepmim_scale.ds_config import precision_of
+from deepmim_scale.errors import UserError
 from deepmim_scale.models.stage import decoder_names, loss_members, loss_weight
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.executor import MicroBatch
-from deepmim_scale.plan.training import training_plan
+from deepmim_scale.plan.resolve import training_plan
+from deepmim_scale.runs.folder import CONFIG, write_config
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, peak_learning_rate
-from deepmim_scale.train.prepare import Task
+from deepmim_scale.train.prepare import PreparedRun
 from deepmim_scale.train.progress import Progress
-from deepmim_scale.train.run_folder import CONFIG, write_config
 from deepmim_scale.train.runtime import build_runtime
 
 # A run whose every step overflows is lost; stop instead of spinning to the end. A float16 run first
@@ -41,52 +42,54 @@ SECONDS_TO_SEE_A_FILE = 60.0
 class Trainer:
     """One rank's share of a run."""
 
-    def __init__(self, task: Task, device: torch.device) -> None:
-        self.task, self.device = task, device
-        self.config, self.samples = task.config, task.samples
-        self.total_steps = num_steps(task.config, self.samples.steps_per_epoch)
-        self.progress = Progress(speaks=dist.get_rank() == 0)
+    def __init__(self, prepared: PreparedRun, device: torch.device) -> None:
+        self.prepared, self.device = prepared, device
+        self.config, self.samples = prepared.config, prepared.samples
+        self.total_steps = num_steps(prepared.config, self.samples.steps_per_epoch)
+        self.progress = Progress(is_main=dist.get_rank() == 0)
         self.checkpoint = self._find_checkpoint()
-        runtime = build_runtime(task.config, task.pipeline, task.ds_config, device, self.checkpoint)
+        runtime = build_runtime(
+            prepared.config, prepared.pipeline, prepared.ds_config, device, self.checkpoint
+        )
         self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
         self.rank, self.replica = runtime.rank, runtime.replica
         self.step = self.updates = 0
         if self.checkpoint is not None:
             state = files.read_state(self.checkpoint)
             self.step, self.updates = state["step"], state["updates"]
-        pipeline = task.pipeline.built.schedule.pipeline
+        pipeline = prepared.pipeline.built.schedule.pipeline
         has_decoders = any(pipeline.decoders[stage] for stage in pipeline.stages_of(self.rank))
-        if task.teacher and has_decoders:
-            self.executor.teacher = task.teacher.to(device)
+        if prepared.teacher and has_decoders:
+            self.executor.teacher = prepared.teacher.to(device)
 
     def _find_checkpoint(self) -> Path | None:
         # Digests are read once, by rank 0, and its finding holds for all.
         found: list[Any] = [None, []]
-        if self.task.may_resume and dist.get_rank() == 0:
-            found = list(files.newest(self.config.output))
+        if self.prepared.may_resume and dist.get_rank() == 0:
+            found = list(files.latest_intact(self.config.output))
         dist.broadcast_object_list(found, src=0)
         folder, problems = found
         output = self.config.output
         if folder is None:
             if problems:
-                raise ConfigError(
+                raise UserError(
                     f"output={output}: no checkpoint is intact ({problems[0]}); delete "
                     f"{output} to start afresh"
                 )
             if self.config.resume == "required":
-                raise ConfigError(f"resume=required: {output} holds no checkpoint; check --output")
+                raise UserError(f"resume=required: {output} holds no checkpoint; check --output")
             return None
         for problem in problems:
-            self.progress.say(f"warning: {problem}; using an older checkpoint")
+            self.progress.print_main(f"warning: {problem}; using an older checkpoint")
         state = files.read_state(folder)
-        if state["manifest_sha"] != self.task.train.sha:
-            raise ConfigError(
+        if state["manifest_sha"] != self.prepared.train.sha:
+            raise UserError(
                 f"data={self.config.data}: is not the data this run began with; "
                 "give the same images or another --output"
             )
-        precision = precision_of(self.task.ds_config)
+        precision = precision_of(self.prepared.ds_config)
         if state["precision"] != precision:
-            raise ConfigError(
+            raise UserError(
                 f"deepspeed_config={self.config.deepspeed_config}: precision {precision}, but "
                 f"this run began with {state['precision']}; give the same or another --output"
             )
@@ -114,7 +117,7 @@ class Trainer:
                     row, applied = self._train_step(batches, feed.wait_seconds)
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
-                        raise ConfigError(
+                        raise UserError(
                             f"blr={config.blr}: {skipped} steps in a row had no finite gradient; "
                             "start again with a lower one or with --clip-grad"
                         )
@@ -135,7 +138,7 @@ class Trainer:
                 writer.close()
 
     def _check_shared(self) -> None:
-        """ConfigError, before the first save would fail, if a node does not see the folder."""
+        """UserError, before the first save would fail, if a node does not see the folder."""
         dist.barrier()
         config_file = Path(self.config.output) / CONFIG
         deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE  # NFS remembers what it did not find
@@ -145,23 +148,23 @@ class Trainer:
         dist.all_gather_object(hosts, "" if config_file.is_file() else socket.gethostname())
         blind = sorted({host for host in hosts if host})
         if blind:
-            raise ConfigError(
+            raise UserError(
                 f"output={self.config.output}: not seen from {', '.join(blind)}; "
                 "give a folder that all nodes share"
             )
 
-    def _feed(self) -> Feed:
-        config, batch = self.config, self.task.batch
+    def _feed(self) -> StepLoader:
+        config, batch = self.config, self.prepared.batch
         backend, reason = build_backend(
             config,
-            self.task.train,
+            self.prepared.train,
             batch.microbatch_size,
             self.device,
             config.loader,
             config.decode,
             config.prefetch,
         )
-        self.progress.say(reason)
+        self.progress.print_main(reason)
         # The feed's collectives run on its own thread: they need a communicator of their own.
         # Every rank takes part in making every group, as NCCL demands.
         groups: list[Any] = [
@@ -169,7 +172,7 @@ class Trainer:
         ]
         return build_feed(
             config,
-            self.task.train,
+            self.prepared.train,
             self.samples,
             replica=self.replica,
             num_replicas=batch.num_replicas,
@@ -189,12 +192,12 @@ class Trainer:
         config, names = self.config, list(loss_members(self.config.model))
         epoch = self.step / self.samples.steps_per_epoch
         rate = learning_rate(
-            peak_learning_rate(config, self.task.batch.global_batch),
+            peak_learning_rate(config, self.prepared.batch.global_batch),
             epoch,
             warmup_epochs=config.warmup_epochs,
             total_epochs=self.total_steps / self.samples.steps_per_epoch,
         )
-        microbatches = [self._micro_batch(batch) for batch in batches]
+        microbatches = [batch.to(self.device) for batch in batches]
         calls = self.executor.num_backward_calls
         with zero.reduced_step(self.engine, config.reduction, calls) as backward:
             sums = self.executor.train(microbatches, backward)
@@ -207,7 +210,7 @@ class Trainer:
         mine = [float(sums.get(name, 0.0)) / len(batches) for name in names]
         busy, whole = self.executor.busy_and_step_seconds()
         everyone = self._gather([*mine, peak_memory_gib(self.device), 1 - busy / whole])
-        replicas = self.task.batch.num_replicas
+        replicas = self.prepared.batch.num_replicas
         *by_loss, memory, idle = map(list, zip(*everyone, strict=True))
         losses = {n: sum(x) / replicas for n, x in zip(names, by_loss, strict=True)}
         seconds = time.perf_counter() - began + wait_seconds
@@ -223,16 +226,14 @@ class Trainer:
             "loss_scale": zero.loss_scale(self.engine),
             "skipped": not applied,
             "seconds": seconds,
-            **throughput(config.model, self.task.batch.global_batch, seconds, world, self.device),
+            **throughput(
+                config.model, self.prepared.batch.global_batch, seconds, world, self.device
+            ),
             "peak_memory_gib": memory,
             "idle_fraction": idle,
             "loader_wait_ms": wait_seconds * 1e3,
         }
         return row, applied
-
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
-        images = batch.images.to(self.device, non_blocking=True)
-        return MicroBatch(images, batch.noise.to(self.device, non_blocking=True))
 
     def _gather(self, numbers: list[float]) -> list[list[float]]:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -242,7 +243,7 @@ class Trainer:
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validate_every * self.samples.steps_per_epoch
-        if self.task.held_out is None or every == 0:
+        if self.prepared.validation is None or every == 0:
             return False
         return self.finished or int(step / every) > int((step - 1) / every)
 
@@ -251,20 +252,20 @@ class Trainer:
         return every > 0 and (step % every == 0 or self.finished)
 
     def validate(self) -> dict[str, Any]:
-        """Held-out losses under fixed masks, as row entries."""
-        held_out, replicas = self.task.held_out, self.task.batch.num_replicas
-        assert held_out is not None, "validation needs held-out images"
+        """Validation losses under fixed masks, as row entries."""
+        validation, replicas = self.prepared.validation, self.prepared.batch.num_replicas
+        assert validation is not None, "validation needs validation images"
         names = list(loss_members(self.config.model))
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         for batch in iter_validation(
             self.config,
-            held_out,
+            validation,
             replica=self.replica,
             num_replicas=replicas,
             on_bad=self.config.on_bad,
             device=self.device,
         ):
-            found = self.executor.evaluate(self._micro_batch(batch))
+            found = self.executor.evaluate(batch.to(self.device))
             size = len(batch.images)
             sums[:-1] += sums.new_tensor([float(found.get(name, 0.0)) * size for name in names])
             sums[-1] += size * (self.rank == 0)
@@ -285,9 +286,9 @@ class Trainer:
             for key, seconds in part.items():
                 found.setdefault(key, []).append(seconds)
         measured = {key: sum(values) / len(values) for key, values in found.items()}
-        built = training_plan(self.config, self.task.batch.microbatches, measured).built
+        built = training_plan(self.config, self.prepared.batch.microbatches, measured).built
         self.executor.schedule = built.schedule
-        self.progress.say(
+        self.progress.print_main(
             f"schedule rebuilt from measured times: simulated {built.timeline.makespan * 1e3:.1f} "
             f"ms per step, idle share {built.timeline.idle_fraction:.1%}"
         )
@@ -297,9 +298,9 @@ class Trainer:
         state = {
             "updates": self.updates,
             "total_steps": self.total_steps,
-            "global_batch": self.task.batch.global_batch,
-            "manifest_sha": self.task.train.sha,
-            "precision": precision_of(self.task.ds_config),
+            "global_batch": self.prepared.batch.global_batch,
+            "manifest_sha": self.prepared.train.sha,
+            "precision": precision_of(self.prepared.ds_config),
             "num_stages": self.config.stages,
         }
         config = self.config

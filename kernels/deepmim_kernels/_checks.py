@@ -40,7 +40,7 @@ def num_patches(images: Tensor, patch_size: int) -> int:
 def pixel_scale(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """pixel_mean and pixel_std as lists, empty for images that are normalised already."""
+    """pixel_mean and pixel_std as lists, empty for images that are normalized already."""
     if images.is_floating_point():
         require(
             mean is None and std is None,
@@ -50,7 +50,7 @@ def pixel_scale(
     if images.dtype != torch.uint8 or mean is None or std is None:
         raise ValueError(
             f"images are {images.dtype}; pass uint8 with pixel_mean and pixel_std, "
-            "or normalise them to floating point"
+            "or normalize them to floating point"
         )
     channels = images.shape[1]
     require(

@@ -47,7 +47,7 @@ def masked_mse(
     Args:
         pred: [B, prefix_tokens + L, D] with `mask`, or packed [B, K, D] with `ids`;
             D = P*P*C in the order (row, column, channel). Any strides.
-        images: [B, C, H, W]; floating and already normalised, or uint8 with `pixel_mean` and
+        images: [B, C, H, W]; floating and already normalized, or uint8 with `pixel_mean` and
             `pixel_std` (C floats each, for pixels scaled to [0, 1]). Any strides, no gradient.
         mask: [B, L], 1 for a masked patch; fractional weights are allowed, bool and int too.
         ids: [B, K] int64, the patch that each packed prediction belongs to, below L.

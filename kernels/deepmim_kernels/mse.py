@@ -79,9 +79,9 @@ def masked_mse_kernel(
         target = load_pixels(pixels, c, inside, MEAN, STD, C)
         if NORM_PIX:
             # Two passes over registers: E[x^2] - E[x]^2 loses every digit on a flat patch.
-            centred = tl.where(inside, target - tl.sum(target, axis=0) / D, 0.0)
-            variance = tl.sum(centred * centred, axis=0) / (D - 1)
-            target = centred / tl.sqrt(variance + 1e-6)
+            centered = tl.where(inside, target - tl.sum(target, axis=0) / D, 0.0)
+            variance = tl.sum(centered * centered, axis=0) / (D - 1)
+            target = centered / tl.sqrt(variance + 1e-6)
         if generator_ptr is not None:
             generated = tl.load(generator_ptr + row * D + d, mask=inside, other=0.0)
             target = alpha * target + (1.0 - alpha) * generated.to(tl.float32)

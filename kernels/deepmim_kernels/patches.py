@@ -1,4 +1,4 @@
-"""Pixels of the visible patches, gathered and normalised before the patch embedding.
+"""Pixels of the visible patches, gathered and normalized before the patch embedding.
 
     out[b, k, (c * P + row) * P + column] = pixel (c, row, column) of patch ids[b, k]
 

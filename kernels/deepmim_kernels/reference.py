@@ -16,7 +16,7 @@ from torch import Tensor
 Floats = Sequence[float]
 
 
-def normalise(images: Tensor, mean: Floats, std: Floats, dtype: torch.dtype) -> Tensor:
+def normalize(images: Tensor, mean: Floats, std: Floats, dtype: torch.dtype) -> Tensor:
     """Images [B, C, H, W] in `dtype`; with `mean` and `std`, bytes v as (v / 255 - mean) / std."""
     x = images.to(dtype)
     if not mean:
@@ -33,7 +33,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
 
 
-def normalise_patches(patches: Tensor) -> Tensor:
+def normalize_patches(patches: Tensor) -> Tensor:
     """Patches [B, L, D] with mean 0 and unbiased variance 1, as MAE's norm_pix_loss."""
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
@@ -73,11 +73,11 @@ def masked_mse(
     dtype = torch.promote_types(pred.dtype, torch.float32)
     if images.is_floating_point():
         dtype = torch.promote_types(dtype, images.dtype)
-    target = patchify(normalise(images, mean, std, dtype), patch_size)
+    target = patchify(normalize(images, mean, std, dtype), patch_size)
     if ids is not None:
         target = take_rows(target, ids)
     if norm_pix:
-        target = normalise_patches(target)
+        target = normalize_patches(target)
     if generator is not None:
         target = alpha * target + (1 - alpha) * generator[:, prefix_tokens:]
     residual = pred[:, prefix_tokens:] - target
@@ -122,7 +122,7 @@ def gather_patches(
 ) -> Tensor:
     """Pixels of the patches `ids` in the order of a convolution's weight: [B, K, C*P*P]."""
     dtype = images.dtype if images.is_floating_point() else torch.float32
-    x = normalise(images, mean, std, dtype)
+    x = normalize(images, mean, std, dtype)
     batch, channels, height, width = x.shape
     p = patch_size
     x = x.reshape(batch, channels, height // p, p, width // p, p)

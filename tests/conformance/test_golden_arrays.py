@@ -74,7 +74,7 @@ def test_mae() -> None:
         out.predictions["block04"], data["out/pred"].double(), rtol=1e-5, atol=1e-5
     )
     images = data["in/imgs"].double()
-    target = reference.normalise_patches(reference.patchify(images, 8))
+    target = reference.normalize_patches(reference.patchify(images, 8))
     torch.testing.assert_close(target, data["out/target_norm"].double(), rtol=1e-5, atol=1e-5)
     check_gradients(model, data, "grad/", 1e-6)
 

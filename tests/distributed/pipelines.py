@@ -17,14 +17,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepmim_scale.batch import Batch
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.executor import MicroBatch
 from deepmim_scale.parallel.stages import global_parameters
-from deepmim_scale.plan.estimate import messages_of
-from deepmim_scale.plan.training import TrainingPlan, training_plan
+from deepmim_scale.plan.resolve import TrainingPlan, training_plan
+from deepmim_scale.plan.timing import messages_of
 from deepmim_scale.train.optim import parameter_groups
 from deepmim_scale.train.runtime import build_runtime
 
@@ -49,11 +49,11 @@ MODELS = {
 }
 
 
-def micro_batch(step: int, m: int, replica: int, config: ModelConfig) -> MicroBatch:
+def micro_batch(step: int, m: int, replica: int, config: ModelConfig) -> Batch:
     generator = torch.Generator().manual_seed(1000 * step + 10 * m + replica)
     side = config.img_size
     images = torch.randn(BATCH, 3, side, side, generator=generator)
-    return MicroBatch(images, torch.rand(BATCH, config.num_patches, generator=generator))
+    return Batch(images, torch.rand(BATCH, config.num_patches, generator=generator))
 
 
 def run_config(case: dict[str, Any]) -> RunConfig:

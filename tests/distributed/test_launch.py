@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.train.run_folder import read_metrics
+from deepmim_scale.runs.folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
@@ -145,11 +145,11 @@ def test_kill_and_resume_is_exact(photos: str, tmp_path: Path) -> None:
         [*launcher, *words, "--output", str(killed)], stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not files.saved(killed) and time.monotonic() < deadline:
+    while not files.list_checkpoints(killed) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert files.saved(killed), "no checkpoint before the deadline"
+    assert files.list_checkpoints(killed), "no checkpoint before the deadline"
     (files.part_folder(files.step_folder(killed, 99))).mkdir()  # as a killed save leaves behind
     done = finished("python", *words, "--output", str(killed))
     assert "resuming after step" in done.stdout

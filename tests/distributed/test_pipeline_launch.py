@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.train.run_folder import read_metrics
+from deepmim_scale.runs.folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = str(ROOT / "launcher" / "pretrain.py")
@@ -54,17 +54,17 @@ def kill_after_checkpoint(command: list[str], run: Path) -> None:
     """Kill a launcher and all its ranks at once, when the first checkpoint is there."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not files.saved(run) and time.monotonic() < deadline:
+    while not files.list_checkpoints(run) and time.monotonic() < deadline:
         assert process.poll() is None, "the run ended by itself"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert files.saved(run), "no checkpoint before the deadline"
+    assert files.list_checkpoints(run), "no checkpoint before the deadline"
 
 
 @pytest.fixture(scope="module")
 def alone(photos: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Rows of the run on one stage, in one process."""
+    """DecodeRequest of the run on one stage, in one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     finished(
         [

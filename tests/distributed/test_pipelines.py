@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepmim_scale.config import ConfigError, ModelConfig
-from deepmim_scale.plan.legal import check_combination
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.plan.compatibility import check_combination
 
 SCRIPT = Path(__file__).with_name("pipelines.py")
 METHODS = ("mae", "deepmim", "mirl")
@@ -34,7 +35,7 @@ def is_legal(case: Case) -> bool:
         check_combination(
             model, case["stages"], case["schedule"], case["placement"], case["reduction"]
         )
-    except ConfigError:
+    except UserError:
         return False
     return True
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.train.run_folder import load_run_config, read_metrics
+from deepmim_scale.runs.folder import load_run_config, read_metrics
 
 
 def test_two_cells(photos: str, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_two_cells(photos: str, tmp_path: Path) -> None:
         assert load_run_config(run).stages == stages
         losses = [row["loss"] for row in read_metrics(run)]
         assert len(set(losses)) == 3, "it learns"
-        assert not files.saved(run), "--save-every 0"
+        assert not files.list_checkpoints(run), "--save-every 0"
     before = [(run / "metrics.jsonl").stat().st_mtime for run in runs]
     again = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
     assert again.returncode == 0, again.stderr

@@ -15,7 +15,7 @@ from deepmim_scale.checkpoint import files
 from deepmim_scale.data.samples import PHOTOS, write_samples
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import load_preset
-from deepmim_scale.train.run_folder import write_config
+from deepmim_scale.runs.folder import write_config
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +48,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             if parameter.requires_grad
         }
         final = files.step_folder(run, 7)
-        files.start(final)
+        files.begin_checkpoint(final)
         file = files.part_folder(final) / "weights_stage00.safetensors"
-        files.finish(final, {"step": 7}, {file.name: files.write_tensors(file, weights)})
+        files.commit_checkpoint(final, {"step": 7}, {file.name: files.write_tensors(file, weights)})
         return run
 
     return make

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepmim_scale.analysis import attention, cka, losses, reconstruct
-from deepmim_scale.analysis.images import open_held_out, spread
+from deepmim_scale.analysis.images import evenly_spaced, open_validation
 from deepmim_scale.cli import main
 from deepmim_scale.evaluate.features import embedded, load_model
+from deepmim_scale.images import normalize
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import debug, load_preset
-from deepmim_scale.targets.pixels import normalise
-from deepmim_scale.train.run_folder import write_config
+from deepmim_scale.runs.folder import write_config
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine held-out images of two classes."""
+    """Nine validation images of two classes."""
     root, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
     for name, count in (("a", 6), ("b", 3)):
         (root / "val" / name).mkdir(parents=True)
@@ -46,7 +46,7 @@ def uniform_distance(grid: int) -> float:
 
 
 def test_maps_are_the_models_own(finished_run) -> None:
-    """Rows sum to 1, and values mixed by the maps are what the attention module gives."""
+    """DecodeRequest sum to 1, and values mixed by the maps are what the attention module gives."""
     model = load_model(finished_run("debug"))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -137,9 +137,9 @@ def test_unrelated_features_score_zero() -> None:
 
 
 def test_spread_takes_all_classes(data: Path) -> None:
-    manifest = open_held_out(str(data))
-    assert spread(manifest, 3).names == ("a/0.png", "a/4.png", "b/2.png")
-    assert spread(manifest, 100).names == manifest.names
+    manifest = open_validation(str(data))
+    assert evenly_spaced(manifest, 3).names == ("a/0.png", "a/4.png", "b/2.png")
+    assert evenly_spaced(manifest, 100).names == manifest.names
 
 
 def test_attention_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
@@ -210,13 +210,13 @@ def test_a_model_that_predicts_nothing_is_as_good_as_the_guess(norm_pix: bool, d
     for decoder in model.decoders.values():
         torch.nn.init.zeros_(decoder.pred.weight)
         torch.nn.init.zeros_(decoder.pred.bias)
-    _, batches = reconstruct.held_out(preset.model_copy(update={"model": config}), str(data))
-    errors = reconstruct.held_out_errors(model, batches)
+    _, batches = reconstruct.validation(preset.model_copy(update={"model": config}), str(data))
+    errors = reconstruct.validation_errors(model, batches)
     guess, _ = reconstruct.GUESSES[norm_pix]
-    images = normalise(torch.cat([batch.images for batch in batches]))
+    images = normalize(torch.cat([batch.images for batch in batches]))
     if norm_pix:
         assert errors["block12"] == pytest.approx(errors[guess], rel=1e-5)
-    else:  # the guess knows the image's colour, zeros do not
+    else:  # the guess knows the image's color, zeros do not
         assert errors["block12"] == pytest.approx(images.square().mean().item(), rel=0.05)
         assert errors[guess] < 0.99 * errors["block12"]
 
@@ -280,12 +280,12 @@ def test_no_steps_yet(rows: list | None, tmp_path: Path, capsys) -> None:
 
 CASES = {
     "no images": (["attention", "RUN", "--images", "0"], "images=0: must be positive"),
-    "too few": (["cka", "RUN", "--images", "3"], "3 held-out images; cka needs 4"),
+    "too few": (["cka", "RUN", "--images", "3"], "3 validation images; cka needs 4"),
     "no run": (["cka", "RUN", "--run2", "nowhere"], "nowhere: is no run"),
     "output": (["attention", "RUN", "--output", "RUN/config.json"], "cannot be written"),
     "json": (["cka", "RUN", "--json", "/proc/nowhere/x"], "json=/proc/nowhere/x: cannot be"),
     "pictures": (["reconstruct", "RUN", "--output", "/proc/nowhere"], "output=/proc/nowhere/rec"),
-    "no val": (["attention", "RUN", "--data", "RUN"], "has no held-out part"),
+    "no val": (["attention", "RUN", "--data", "RUN"], "has no validation part"),
 }
 
 

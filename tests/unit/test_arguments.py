@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 
 def test_writable_leaves_files_as_they_are(tmp_path: Path) -> None:
@@ -23,5 +23,5 @@ def test_writable_leaves_files_as_they_are(tmp_path: Path) -> None:
 def test_not_writable(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = path.replace("FILE", f"{tmp_path}/file").replace("FOLDER", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^json=\S+: cannot be written \(.+\); choose another$"):
+    with pytest.raises(UserError, match=r"^json=\S+: cannot be written \(.+\); choose another$"):
         writable("json", path)

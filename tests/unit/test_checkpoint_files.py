@@ -11,30 +11,30 @@ from hypothesis import strategies as st
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.cli import main
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 
 def write(run: Path, step: int, stages: int = 2) -> Path:
     final = files.step_folder(run, step)
-    files.start(final)
+    files.begin_checkpoint(final)
     digests = {}
     for stage in range(stages):
         tensors = {f"blocks.{stage}.weight": torch.full((3, 2), float(step + stage))}
         file = files.part_folder(final) / f"weights_stage{stage:02d}.safetensors"
         digests[file.name] = files.write_tensors(file, tensors)
-    files.finish(final, {"step": step}, digests)
+    files.commit_checkpoint(final, {"step": step}, digests)
     return final
 
 
 def test_round_trip_and_pruning(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         write(tmp_path, step)
-    assert [folder.name for folder in files.saved(tmp_path)] == [
+    assert [folder.name for folder in files.list_checkpoints(tmp_path)] == [
         "step_00000001",
         "step_00000002",
         "step_00000010",
     ]
-    folder, problems = files.newest(tmp_path)
+    folder, problems = files.latest_intact(tmp_path)
     assert (folder, problems) == (files.step_folder(tmp_path, 10), [])
     tensors = files.read_tensors(folder, "weights")
     assert tensors["blocks.1.weight"].tolist() == [[11.0, 11.0]] * 3
@@ -42,14 +42,14 @@ def test_round_trip_and_pruning(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"blocks\.7\.weight is in no weights file"):
         files.read_tensors(folder, "weights", ["blocks.7.weight"])
     files.prune(tmp_path, 2)
-    assert len(files.saved(tmp_path)) == 2
+    assert len(files.list_checkpoints(tmp_path)) == 2
     assert len(list(files.verify(tmp_path))) == 2
 
 
 def test_unfinished_save_is_ignored(tmp_path: Path) -> None:
     good = write(tmp_path, 3)
-    files.start(files.step_folder(tmp_path, 4))
-    assert files.newest(tmp_path) == (good, [])
+    files.begin_checkpoint(files.step_folder(tmp_path, 4))
+    assert files.latest_intact(tmp_path) == (good, [])
     assert files.resolve(tmp_path) == good
     assert files.resolve(good) == good
 
@@ -68,7 +68,7 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
     else:
         file = bad / "state.json"
         file.write_text("{")
-    folder, problems = files.newest(tmp_path)
+    folder, problems = files.latest_intact(tmp_path)
     assert folder == good
     assert len(problems) == 1
     assert str(file) in problems[0]
@@ -83,7 +83,7 @@ def test_every_flipped_bit_is_found(tmp_path_factory, data) -> None:
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
     content[bit // 8] ^= 1 << bit % 8
     file.write_bytes(content)
-    assert "damaged" in (files.problem(folder) or "")
+    assert "damaged" in (files.integrity_error(folder) or "")
 
 
 def test_verify_checks_all(tmp_path: Path, capsys) -> None:
@@ -106,7 +106,7 @@ def test_verify_checks_all(tmp_path: Path, capsys) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no usable checkpoint"):
+    with pytest.raises(UserError, match="no usable checkpoint"):
         files.resolve(tmp_path)
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint"):
         list(files.verify(tmp_path))

@@ -17,13 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepmim_scale.analysis.reconstruct import held_out
-from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.analysis.reconstruct import validation
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
 from deepmim_scale.evaluate.features import load_model
-from deepmim_scale.targets.clip import load_teacher
-from deepmim_scale.targets.pixels import normalise
+from deepmim_scale.images import normalize
+from deepmim_scale.objectives.clip import load_teacher
+from deepmim_scale.runs.folder import load_run_config, read_metrics
 from deepmim_scale.train.pretrain import main
-from deepmim_scale.train.run_folder import load_run_config, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, PATCH, WIDTH = 32, 8, 24
@@ -75,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def reference(model: Any, images: Tensor) -> Tensor:
-    """Tokens of uint8 images by open_clip's other path, normalised as its own transform does."""
+    """Tokens of uint8 images by open_clip's other path, normalized as its own transform does."""
     mean, std = (
         torch.tensor(values).view(1, 3, 1, 1)
         for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -98,7 +99,7 @@ def test_tokens_equal_open_clip(clip: Clip, kind: str, tmp_path: Path) -> None:
         save_file(clip.model.state_dict(), file)
     teacher = load_teacher(clip.name, file, FITS)
     images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
-    tokens = teacher(normalise(images))
+    tokens = teacher(normalize(images))
     assert tokens.shape == (3, FITS.num_patches + 1, WIDTH)
     torch.testing.assert_close(tokens, reference(clip.model, images), rtol=1e-4, atol=1e-5)
     assert not tokens.requires_grad
@@ -132,13 +133,13 @@ def test_training_lowers_the_loss(clip: Clip, data: Path, tmp_path: Path) -> Non
         first, last = (rows[index]["losses"][name] for index in (0, -1))
         assert 1.5 < first < 2.5, "features of an untrained model are nearly orthogonal"
         assert last < 0.8 * first, f"{name}: {[row['losses'][name] for row in rows]}"
-    # The held-out losses of the last step, again: from the checkpoint and open_clip's own tokens.
-    _, batches = held_out(load_run_config(run), str(data))
+    # The validation losses of the last step, again: from the checkpoint and open_clip's own tokens.
+    _, batches = validation(load_run_config(run), str(data))
     model, sums = load_model(run), torch.zeros(2)
     for batch in batches:
         features = reference(clip.model, batch.images)
         with torch.no_grad():
-            out = model(normalise(batch.images), noise=batch.noise, teacher=features)
+            out = model(normalize(batch.images), noise=batch.noise, teacher=features)
         sums += torch.stack(list(out.losses.values())) * len(batch.images)
     expected = (sums / sum(len(batch.images) for batch in batches)).tolist()
     assert list(rows[-1]["validation_losses"].values()) == pytest.approx(expected, rel=1e-4)
@@ -180,7 +181,7 @@ def test_not_installed(clip: Clip, data: Path, tmp_path: Path, capsys, monkeypat
 def test_tags(monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     config = ModelConfig(loss="cosine")
-    with pytest.raises(ConfigError, match=r"locate the file on the Hub.*; give a local file"):
+    with pytest.raises(UserError, match=r"locate the file on the Hub.*; give a local file"):
         load_teacher("ViT-B-16-quickgelu", "metaclip_fullcc", config)
-    with pytest.raises(ConfigError, match="need QuickGELU; use --teacher ViT-B-16-quickgelu"):
+    with pytest.raises(UserError, match="need QuickGELU; use --teacher ViT-B-16-quickgelu"):
         load_teacher("ViT-B-16", "openai", config)

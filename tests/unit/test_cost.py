@@ -130,7 +130,7 @@ def test_memory_of_a_model_under_autocast():
     """Local backward of 4 blocks and a decoder; CPU gathers keep more than the GPU's kernels."""
     torch = pytest.importorskip("torch")
     from deepmim_scale.models import build_model, local_backward
-    from deepmim_scale.plan.estimate import layout_of, memory_of
+    from deepmim_scale.plan.timing import layout_of, memory_of
 
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "saved_activations.py"
     peak_saved_bytes = runpy.run_path(str(path))["peak_saved_bytes"]

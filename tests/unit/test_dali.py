@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from deepmim_scale.config import ModelConfig, RunConfig
-from deepmim_scale.data.backend import BadImage, Rows
+from deepmim_scale.data.backend import BadImage, DecodeRequest
+from deepmim_scale.data.backends import build_backend, choose_loader
 from deepmim_scale.data.feed import build_feed
-from deepmim_scale.data.loader import build_backend, choose_loader
 from deepmim_scale.data.manifest import open_manifest
 from deepmim_scale.data.sample_plan import SamplePlan, crops, flips
 from deepmim_scale.data.samples import write_samples
+from deepmim_scale.images import normalize
 from deepmim_scale.models import build_model, local_backward
-from deepmim_scale.targets.pixels import normalise
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra: dali-cuda12 or dali-cuda13")
 
@@ -35,7 +35,7 @@ def plan(root, batch):
     boxes, mirrored = crops(0, 0, ids, heights, widths, 0.2), flips(0, 0, ids)
     for first in range(0, len(ids), batch):
         at = slice(first, first + batch)
-        yield Rows(ids[at], paths[at], boxes[at], mirrored[at])
+        yield DecodeRequest(ids[at], paths[at], boxes[at], mirrored[at])
 
 
 def digests(root, **options):
@@ -103,7 +103,9 @@ def test_a_bad_file_is_one_line(photos, tmp_path, data):
     if data is not None:
         (tmp_path / "bad.jpg").write_bytes(data)
     (good, *_) = plan(photos, 2)
-    bad = Rows(good.ids, [good.paths[0], str(tmp_path / "bad.jpg")], good.boxes, good.flips)
+    bad = DecodeRequest(
+        good.ids, [good.paths[0], str(tmp_path / "bad.jpg")], good.boxes, good.flips
+    )
     stream = dali.stream(iter([good, bad, good]), SIZE, 1, 2)
     assert next(stream)[1].shape == (2, 3, SIZE, SIZE)
     with pytest.raises(BadImage, match=r"^DALI: ") as error:
@@ -155,7 +157,7 @@ def test_training_reaches_the_same_losses(tmp_path):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
         for (batch,) in feed:
-            out = local_backward(model, normalise(batch.images), noise=batch.noise)
+            out = local_backward(model, normalize(batch.images), noise=batch.noise)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(out.loss))

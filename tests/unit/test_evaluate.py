@@ -1,4 +1,4 @@
-"""Frozen features, the probes on them, and `evaluate knn|linear` on folders of classes."""
+"""FrozenConfig features, the probes on them, and `evaluate knn|linear` on folders of classes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from deepmim_scale.batch import masking_from_noise
 from deepmim_scale.cli import main
 from deepmim_scale.evaluate import probes
 from deepmim_scale.evaluate.classes import open_classes
 from deepmim_scale.evaluate.features import hidden_states, load_model, pool
-from deepmim_scale.models.masking import masking_from_noise
 
-COLOURS = {"blue": (20, 40, 200), "green": (30, 190, 40), "red": (210, 30, 20)}
+COLORS = {"blue": (20, 40, 200), "green": (30, 190, 40), "red": (210, 30, 20)}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of noisy colours, 6 training images each; val lacks the first class."""
-    root, random = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    """Three classes of noisy colors, 6 training images each; val lacks the first class."""
+    root, random = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for split, count, names in (
         ("train", 6, ["blue", "green", "red"]),
         ("val", 4, ["red", "green"]),
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in names:
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                pixels = COLOURS[name] + random.normal(0, 15, (80, 96, 3))
+                pixels = COLORS[name] + random.normal(0, 15, (80, 96, 3))
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
                 image.save(root / split / name / f"{number}.png")
     return root
@@ -85,7 +85,7 @@ def test_weighted_knn_equals_scikit_learn(k: int, monkeypatch) -> None:
 
 def test_linear_probe_learns_what_is_linear() -> None:
     random = np.random.default_rng(0)
-    features = random.normal(size=(200, 5)) * [1, 100, 1e-3, 1, 1]  # standardised inside
+    features = random.normal(size=(200, 5)) * [1, 100, 1e-3, 1, 1]  # standardized inside
     labels = (features[:, 2] > 0).astype(int)
     parts = features[:100], labels[:100], features[100:], labels[100:]
     assert probes.linear(*parts, num_splits=1) > 0.8
@@ -114,12 +114,12 @@ def test_command(probe: str, data: Path, finished_run, tmp_path: Path, capsys) -
     )
     result, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert "| encoder | features | mean | class |" in printed
-    assert "18 training and 8 held-out images, 3 classes" in printed
+    assert "18 training and 8 validation images, 3 classes" in printed
     assert len(result["rows"]) == 1 + 2 * 4 * 2
     first = result["rows"][0]
     assert (first["features"], first["accuracy"]) == ("raw pixels", 1.0)
     means = [row["accuracy"] for row in result["rows"] if row["pool"] == "mean"]
-    assert min(means) > 0.5, "colours are easy: labels and images must have been mixed up"
+    assert min(means) > 0.5, "colors are easy: labels and images must have been mixed up"
     assert result["largest_class"] == 0.0, "blue, which val does not have"
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepmim_scale.config import ModelConfig, RunConfig
-from deepmim_scale.data import loader, torch_backend
-from deepmim_scale.data.backend import BadImage, Rows
+from deepmim_scale.data import backends, torch_backend
+from deepmim_scale.data.backend import BadImage, DecodeRequest
 from deepmim_scale.data.exchange import own_microbatches, received_bytes
-from deepmim_scale.data.feed import Feed, build_feed, iter_validation
+from deepmim_scale.data.feed import StepLoader, build_feed, iter_validation
 from deepmim_scale.data.manifest import open_manifest
 from deepmim_scale.data.masks import mask_noise
 from deepmim_scale.data.sample_plan import SamplePlan, crops, flips, permutation
@@ -85,7 +85,7 @@ def test_batches_are_the_plans(manifest):
         for m, batch in enumerate(batches):
             ids = plan.micro_batch(step, m, 0, 4, 1)
             boxes = crops(5, epoch, ids, manifest.heights[ids], manifest.widths[ids], 0.2)
-            rows = Rows(ids, [manifest.paths[i] for i in ids], boxes, flips(5, epoch, ids))
+            rows = DecodeRequest(ids, [manifest.paths[i] for i in ids], boxes, flips(5, epoch, ids))
             assert batch.sample_ids.tolist() == ids.tolist()
             assert torch.equal(batch.images, torch_backend.start(rows, 16, 1)())
             np.testing.assert_array_equal(batch.noise.numpy(), mask_noise(5, epoch, ids, 16))
@@ -104,7 +104,7 @@ def test_resume_and_splits_see_the_same(manifest):
 
 def test_cache_and_prefetch_change_nothing(manifest, monkeypatch):
     whole = flat(make(manifest))
-    monkeypatch.setattr(loader, "CACHE_BYTES", 0)
+    monkeypatch.setattr(backends, "CACHE_BYTES", 0)
     assert_equal(flat(make(manifest)), whole)
     for prefetch in (1, 3):
         backend = functools.partial(torch_backend.stream, size=16, threads=1, prefetch=prefetch)
@@ -119,7 +119,7 @@ def test_next_step_is_made_while_this_one_is_used():
         made.append(step)
         return []
 
-    feed = Feed(load, 3, 4)
+    feed = StepLoader(load, 3, 4)
     iterator = iter(feed)
     next(iterator)
     assert feed.wait_seconds > 0.15
@@ -160,8 +160,8 @@ def test_errors_of_the_thread_reach_the_trainer():
         raise OSError(f"disk gone at {step}")
 
     with pytest.raises(OSError, match="disk gone at 2"):
-        list(Feed(load, 2, 1))
-    assert list(Feed(load, 2, 0)) == []
+        list(StepLoader(load, 2, 1))
+    assert list(StepLoader(load, 2, 0)) == []
 
 
 def spoil(manifest, *places):
@@ -228,7 +228,7 @@ def test_bad_held_out_images_fail_or_are_named(manifest, capsys):
     batches = iter_validation(CONFIG, manifest, replica=0, num_replicas=1, on_bad="replace")
     ids = torch.cat([batch.sample_ids for batch in batches]).tolist()
     assert ids == [i for i in range(26) if i != 4]
-    assert "held-out image left out: " in capsys.readouterr().err
+    assert "validation image left out: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("microbatches", [1, 4, 7])

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from deepmim_scale.analysis.reconstruct import held_out
+from deepmim_scale.analysis.reconstruct import validation
 from deepmim_scale.config import ModelConfig, even_alphas
 from deepmim_scale.evaluate.features import load_model
+from deepmim_scale.images import normalize, patch_statistics, patchify
 from deepmim_scale.models import build_model
 from deepmim_scale.models.blocks import gather_tokens
-from deepmim_scale.targets.hybrid import Generator
-from deepmim_scale.targets.pixels import normalise, patch_statistics, patchify
+from deepmim_scale.objectives.hybrid import Generator
+from deepmim_scale.runs.folder import load_run_config, read_metrics
 from deepmim_scale.train.pretrain import main
-from deepmim_scale.train.run_folder import load_run_config, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -112,11 +112,11 @@ def test_run_learns_from_a_run(mae: Path, data: Path, tmp_path: Path) -> None:
     pretrain("--preset", "debug", *words(data, run, "--taps=2,3,4", "--hybrid", str(mae)))
     config = load_run_config(run)
     assert config.model.hybrid_alphas == (0, 0.5, 1)
-    # The held-out losses of the last step, again, from both checkpoints.
-    _, batches = held_out(config, str(data))
+    # The validation losses of the last step, again, from both checkpoints.
+    _, batches = validation(config, str(data))
     model, generator, sums = load_model(run), Generator(load_model(mae)), torch.zeros(3)
     for batch in batches:
-        images = normalise(batch.images)
+        images = normalize(batch.images)
         with torch.no_grad():
             out = model(images, noise=batch.noise, teacher=generator(images, batch.noise))
         sums += torch.stack(list(out.losses.values())) * len(images)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.data.commands import ScanArgs, run_scan
 from deepmim_scale.data.manifest import find_split, open_manifest, scan_folder
 from deepmim_scale.data.torch_backend import read_image
+from deepmim_scale.errors import UserError
 
 
 def write(path, height=6, width=9, mode="RGB"):
@@ -60,7 +60,7 @@ def test_exif_orientation_is_not_applied(tmp_path):
 
 def test_images_beside_class_folders(folder):
     write(folder / "stray.jpg")
-    with pytest.raises(ConfigError, match=r"1 images \(e.g. stray.jpg\) lie beside class folders"):
+    with pytest.raises(UserError, match=r"1 images \(e.g. stray.jpg\) lie beside class folders"):
         scan_folder(folder)
 
 
@@ -84,7 +84,7 @@ def test_links_that_lead_nowhere_or_back(folder):
 
 def test_only_broken_links(tmp_path):
     (tmp_path / "a.jpg").symlink_to("nowhere.jpg")
-    with pytest.raises(ConfigError, match=r"no images; found 0 folders and 1 broken .*: a.jpg;"):
+    with pytest.raises(UserError, match=r"no images; found 0 folders and 1 broken .*: a.jpg;"):
         scan_folder(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_names_that_are_no_utf8(folder, capsys):
     assert read_image(saved.paths[2]).shape == (9, 3, 3)
     (folder / "cat" / os.fsdecode(b"\xfe.jpg")).write_bytes(b"")
     run_scan(ScanArgs(dir=str(folder)))
-    with pytest.raises(ConfigError, match=r'unreadable images: "cat/\\udcfe.jpg"; run') as error:
+    with pytest.raises(UserError, match=r'unreadable images: "cat/\\udcfe.jpg"; run') as error:
         open_manifest(folder)
     str(error.value).encode()
 
@@ -116,14 +116,14 @@ def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
 
 
 def test_missing_and_empty(tmp_path):
-    with pytest.raises(ConfigError, match=r"found nothing .* exists"):
+    with pytest.raises(UserError, match=r"found nothing .* exists"):
         find_split(str(tmp_path / "absent" / "deeper"), "train")
-    with pytest.raises(ConfigError, match="found a file"):
+    with pytest.raises(UserError, match="found a file"):
         find_split(str(write(tmp_path / "file.jpg")), "train")
     empty = tmp_path / "empty"
     (empty / "ant").mkdir(parents=True)
     (empty / "ant" / "a.gif").write_bytes(b"GIF89a")
-    with pytest.raises(ConfigError, match=r"no images; found 1 folders and .*1 \.gif"):
+    with pytest.raises(UserError, match=r"no images; found 1 folders and .*1 \.gif"):
         scan_folder(empty)
 
 
@@ -136,7 +136,7 @@ def test_splits(tmp_path):
     plain = tmp_path / "mae" / "train"
     assert find_split(str(plain), "train") == plain
     shutil.rmtree(plain)
-    with pytest.raises(ConfigError, match="has a folder val but no train"):
+    with pytest.raises(UserError, match="has a folder val but no train"):
         find_split(str(tmp_path / "mae"), "train")
 
 
@@ -159,25 +159,25 @@ def test_stale_manifest_is_refused(folder, change):
         (folder / "ant" / "b.jpg").unlink()
     else:
         write(folder / "ant" / "b.jpg", 300, 400)
-    with pytest.raises(ConfigError, match=r"stale .* run `deepmim-scale data scan"):
+    with pytest.raises(UserError, match=r"stale .* run `deepmim-scale data scan"):
         open_manifest(folder)
 
 
 def test_broken_manifest_is_one_line(folder):
     (folder / "manifest.npz").write_bytes(b"PK half a file")
-    with pytest.raises(ConfigError, match=r"cannot be read; run `deepmim-scale data scan"):
+    with pytest.raises(UserError, match=r"cannot be read; run `deepmim-scale data scan"):
         open_manifest(folder)
 
 
 def test_folders_must_be_writable(folder, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ConfigError, match="is not writable"):
+    with pytest.raises(UserError, match="is not writable"):
         run_scan(ScanArgs(dir=str(folder)))
 
 
 def test_unreadable_headers_fail_or_are_left_out(folder, capsys):
     (folder / "cat" / "bad.jpg").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"1 unreadable images: cat/bad.jpg; run .* data verify"):
+    with pytest.raises(UserError, match=r"1 unreadable images: cat/bad.jpg; run .* data verify"):
         open_manifest(folder)
     manifest = open_manifest(folder, on_bad="replace")
     assert "cat/bad.jpg" not in manifest.names

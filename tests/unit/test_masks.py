@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepmim_scale.data.masks import mask_noise
-from deepmim_scale.data.philox import VALIDATION_MASK, below, philox
+from deepmim_scale.data.philox import VALIDATION_MASK, philox, scale_to
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_noise_is_uniform_and_keys_matter():
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2**31))
 def test_below_is_the_exact_multiple(random, limit):
-    assert below(np.array([random], np.uint32), np.array([limit]))[0] == random * limit >> 32
+    assert scale_to(np.array([random], np.uint32), np.array([limit]))[0] == random * limit >> 32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepmim_scale.images import patchify, unpatchify
 from deepmim_scale.models import ModelConfig, build_model, local_backward
 from deepmim_scale.presets import PRESETS, debug, debug_mae, debug_mirl
-from deepmim_scale.targets.pixels import patchify, unpatchify
 
 # (total, trainable) of the official constructors; the pixel row follows from its wider heads.
 NUM_PARAMETERS = {

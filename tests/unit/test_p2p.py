@@ -8,10 +8,10 @@ from itertools import pairwise, product
 
 import pytest
 
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 from deepmim_scale.parallel.p2p import channels_of
-from deepmim_scale.plan.schedule import Schedule
-from deepmim_scale.plan.training import training_plan
+from deepmim_scale.pipeline.ir import Schedule
+from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.presets import load_preset
 
 WAYS = [
@@ -31,7 +31,7 @@ def schedule_of(
     )
     try:
         return training_plan(config, microbatches).built.schedule
-    except ConfigError:
+    except UserError:
         pytest.skip("no legal combination")
 
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.plan.compatibility import TABLE, check_combination
 from deepmim_scale.plan.cost import stage_cost
-from deepmim_scale.plan.legal import TABLE, check_combination
 from deepmim_scale.plan.partition import (
     format_layout,
     minimax_cuts,
@@ -108,7 +109,7 @@ def test_memory_cap(costs, num_stages, limit):
 
 def test_no_layout_fits():
     config = load_preset("debug").model
-    with pytest.raises(ConfigError, match=r"stages=2: no cut of 12 blocks fits 1\.0 GiB; use"):
+    with pytest.raises(UserError, match=r"stages=2: no cut of 12 blocks fits 1\.0 GiB; use"):
         partition(config, 2, lambda stage, cost: 2**31, 2**30)
 
 
@@ -147,14 +148,14 @@ def test_layout_examples():
     ],
 )
 def test_bad_layouts(text, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_layout(text, model(12, (6, 8, 10, 12)))
 
 
 def test_mirl_is_cut_into_segments():
     config = load_preset("mirl_vit_b_48").model
     assert format_layout(partition(config, 3), config) == "8d8d|8d8d|8d8d"
-    with pytest.raises(ConfigError, match="equal runs of segments"):
+    with pytest.raises(UserError, match="equal runs of segments"):
         parse_layout("8d|8d8d8d|8d8d", config)
 
 
@@ -176,12 +177,12 @@ def test_legal_table(method, placement, schedule, reduction):
         if legal:
             check_combination(*arguments)
         else:
-            with pytest.raises(ConfigError, match=r"^\w+=\w+: [^\n]*use "):
+            with pytest.raises(UserError, match=r"^\w+=\w+: [^\n]*use "):
                 check_combination(*arguments)
 
 
 def test_local_gradient_flow():
     check_combination(load_preset("debug").model, 2, "dib", gradient_flow="local")
-    with pytest.raises(ConfigError, match="gradient_flow=local: mirl"):
+    with pytest.raises(UserError, match="gradient_flow=local: mirl"):
         check_combination(load_preset("debug_mirl").model, 2, "dib", gradient_flow="local")
     assert len(TABLE) == 4

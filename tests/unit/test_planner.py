@@ -9,7 +9,10 @@ from functools import cache
 import pytest
 import tyro
 
-from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.pipeline.builders import build
+from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt
 from deepmim_scale.plan import commands
 from deepmim_scale.plan.cost import (
     boundary_bytes,
@@ -18,8 +21,10 @@ from deepmim_scale.plan.cost import (
     teacher_cost,
     zero2_state_bytes,
 )
-from deepmim_scale.plan.draw import chrome_trace, draw_gantt
-from deepmim_scale.plan.estimate import (
+from deepmim_scale.plan.hardware import GPUS, NETWORKS
+from deepmim_scale.plan.partition import format_layout
+from deepmim_scale.plan.planner import Cluster, enumerate_plans, predict, to_json
+from deepmim_scale.plan.timing import (
     layout_of,
     memory_of,
     messages_of,
@@ -27,10 +32,6 @@ from deepmim_scale.plan.estimate import (
     profiled_times,
     times_of,
 )
-from deepmim_scale.plan.generate import build
-from deepmim_scale.plan.hardware import GPUS, NETWORKS
-from deepmim_scale.plan.partition import format_layout
-from deepmim_scale.plan.planner import Cluster, enumerate_plans, predict, to_json
 from deepmim_scale.presets import load_preset
 
 
@@ -380,17 +381,16 @@ def test_activations_beyond_the_gpu_warn(capsys):
     ],
 )
 def test_mistakes(flags, message):
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         run(*flags.split())
     assert "\n" not in str(error.value)
 
 
 def test_plan_imports_no_torch():
-    modules = "cost hardware partition legal schedule greedy generate validate simulate estimate "
-    modules += "planner draw commands"
-    code = "import sys\n" + "\n".join(
-        f"import deepmim_scale.plan.{name}" for name in modules.split()
-    )
+    plan = "cost hardware partition compatibility timing planner resolve commands"
+    pipeline = "ir builders list_scheduler validate simulate draw"
+    names = [f"plan.{name}" for name in plan.split()] + [f"pipeline.{n}" for n in pipeline.split()]
+    code = "import sys\n" + "\n".join(f"import deepmim_scale.{name}" for name in names)
     code += "\nsys.exit(','.join({'torch', 'matplotlib', 'numpy'} & set(sys.modules)) or 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.data.philox import ORDER, philox
 from deepmim_scale.data.sample_plan import SamplePlan, crops, flips, permutation
+from deepmim_scale.errors import UserError
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 3000), st.integers(1, 300))
@@ -63,7 +63,7 @@ def test_locate_and_epochs_differ():
 
 
 def test_too_few_samples():
-    with pytest.raises(ConfigError, match=r"global_batch=32: larger than .* 31 images"):
+    with pytest.raises(UserError, match=r"global_batch=32: larger than .* 31 images"):
         SamplePlan(31, 0, 32)
 
 
@@ -114,7 +114,7 @@ def test_crops_follow_torchvision(height, width):
 
 
 def test_fallback_is_torchvisions():
-    """No try fits a strip of 1 x 40: the whole height and 4/3 of it, centred."""
+    """No try fits a strip of 1 x 40: the whole height and 4/3 of it, centered."""
     boxes = crops(0, 0, np.arange(4), np.array([1, 40, 30, 10]), np.array([40, 1, 300, 10]), 1.0)
     assert boxes[0].tolist() == [0, 19, 1, 1]
     assert boxes[1].tolist() == [19, 0, 1, 1]

@@ -1,4 +1,4 @@
-"""The sample set: deterministic, complete or absent, held-out parts never trained on."""
+"""The sample set: deterministic, complete or absent, validation parts never trained on."""
 
 import hashlib
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.data import samples
 from deepmim_scale.data.commands import SamplesArgs, run_samples
 from deepmim_scale.data.manifest import open_manifest
 from deepmim_scale.data.samples import load_digits_probe, write_samples
+from deepmim_scale.errors import UserError
 
 skimage_data = pytest.importorskip("skimage.data")
 
@@ -47,7 +47,7 @@ def test_same_bytes_again_and_second_call_keeps(folder, tmp_path, capsys):
 
 
 def test_place_that_cannot_be_written():
-    with pytest.raises(ConfigError, match=r"^out=/proc/nowhere/\S+: cannot be written"):
+    with pytest.raises(UserError, match=r"^out=/proc/nowhere/\S+: cannot be written"):
         write_samples("/proc/nowhere/samples")
 
 
@@ -65,7 +65,7 @@ def test_half_written_is_never_there(tmp_path, monkeypatch):
 
 def test_other_files_are_not_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         write_samples(tmp_path)
 
 

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepmim_scale.plan.generate import build
-from deepmim_scale.plan.schedule import Instruction, Pipeline, Times, to_json
-from deepmim_scale.plan.simulate import Deadlock, Memory
-from deepmim_scale.plan.validate import ScheduleError, validate
+from deepmim_scale.pipeline.builders import build
+from deepmim_scale.pipeline.ir import Durations, Instruction, Pipeline, to_json
+from deepmim_scale.pipeline.simulate import Deadlock, Memory
+from deepmim_scale.pipeline.validate import ScheduleError, validate
 
 NAMES = ("gpipe", "1f1b", "dib", "dib_w", "zb_h1")
 
 
-def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0) -> Times:
+def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0) -> Durations:
     """Uneven but fixed durations."""
     backward = 1 if split else 2
     compute = {}
@@ -30,7 +30,7 @@ def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0)
             ("encoder_weight_gradient", stage): encoder,
         }
     payloads = ("activation", "gradient", "prediction", "prediction_gradient")
-    return Times(compute, {(p, s): transfer for p in payloads for s in range(num_stages)})
+    return Durations(compute, {(p, s): transfer for p in payloads for s in range(num_stages)})
 
 
 def make(name, pipeline, num_microbatches, seed=3, transfer=0.0):

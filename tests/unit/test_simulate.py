@@ -2,12 +2,12 @@
 
 import pytest
 
+from deepmim_scale.pipeline import builders
+from deepmim_scale.pipeline.builders import build
+from deepmim_scale.pipeline.ir import Durations, Pipeline
+from deepmim_scale.pipeline.list_scheduler import list_order
+from deepmim_scale.pipeline.simulate import Memory, peak_activation_bytes, simulate
 from deepmim_scale.plan import cost as costs
-from deepmim_scale.plan import generate
-from deepmim_scale.plan.generate import build
-from deepmim_scale.plan.greedy import list_order
-from deepmim_scale.plan.schedule import Pipeline, Times
-from deepmim_scale.plan.simulate import Memory, peak_activation_bytes, simulate
 from deepmim_scale.presets import load_preset
 
 # Depth, taps; stages; micro-batches; idle % of 1f1b, zb_h1, dib, dib_w; speed-up of dib and dib_w.
@@ -43,7 +43,7 @@ def times(forward, decoder, split):
             ("decoder", stage): (1 + backward) * d,
             ("decoder_weight_gradient", stage): d,
         }
-    return Times(compute, {})
+    return Durations(compute, {})
 
 
 def built(name, forward, decoder, num_microbatches, memory=None):
@@ -126,7 +126,7 @@ def test_transfer_times_by_hand():
     schedule = built("dib", [1.0, 1.0], [0.0, 0.0], 1).schedule
     timeline = simulate(
         schedule,
-        Times(
+        Durations(
             times([1.0, 1.0], [0.0, 0.0], False).compute,
             {("activation", 0): 0.5, ("gradient", 1): 0.25},
         ),
@@ -140,7 +140,7 @@ def test_no_transfer_overlaps_computation():
     """A receiver that comes late waits for the whole transfer: 2 micro-batches of gpipe by hand."""
     schedule = built("gpipe", [1.0, 3.0], [0.0, 0.0], 2).schedule
     transfer = {("activation", 0): 0.5, ("gradient", 1): 0.25}
-    timeline = simulate(schedule, Times(times([1.0, 3.0], [0.0, 0.0], False).compute, transfer))
+    timeline = simulate(schedule, Durations(times([1.0, 3.0], [0.0, 0.0], False).compute, transfer))
     # Stage 1: receive from 1 to 1.5, forward to 4.5; the second activation, sent at 2, to 5.
     receives = [(e.start, e.end) for e in timeline.events if e.instruction.kind == "receive"]
     assert receives[:2] == [(0.0, 1.5), (4.5, 5.0)]
@@ -155,12 +155,12 @@ def test_search_knows_of_transfers():
     compute = times([1.0] * 3, [1.5] * 3, False).compute
     transfer = {(p, s): 0.4 for p in ("activation", "gradient") for s in range(3)}
     pipeline, memory = Pipeline(3, (True,) * 3), [Memory(1, 1, 1)] * 3
-    slow = build("dib", pipeline, 6, Times(compute, transfer), memory)
-    blind = build("dib", pipeline, 6, Times(compute, {}), memory)
+    slow = build("dib", pipeline, 6, Durations(compute, transfer), memory)
+    blind = build("dib", pipeline, 6, Durations(compute, {}), memory)
     # An inner rank takes up two messages for each micro-batch and computes nothing meanwhile.
     assert slow.timeline.receiving == pytest.approx((2.4, 4.8, 2.4))
     assert slow.timeline.makespan >= blind.timeline.makespan + 2.4
-    late = simulate(blind.schedule, Times(compute, transfer))
+    late = simulate(blind.schedule, Durations(compute, transfer))
     assert slow.timeline.makespan <= late.makespan
 
 
@@ -173,13 +173,13 @@ def test_many_microbatches_are_planned_quickly(name, monkeypatch):
         counts.append(count)
         return list_order(pipeline, count, *rest)
 
-    monkeypatch.setattr(generate, "list_order", counted)
+    monkeypatch.setattr(builders, "list_order", counted)
     stages = [study_stage(12, 4, index) for index in range(4)]
     quick = built(name, *zip(*stages, strict=True), 40)
     assert max(counts) == 40
     assert counts.count(40) == 1
     assert counts.count(16) == len(counts) - 1
-    monkeypatch.setattr(generate, "SEARCHED_MICROBATCHES", 10)
+    monkeypatch.setattr(builders, "SEARCHED_MICROBATCHES", 10)
     best = built(name, *zip(*stages, strict=True), 40)
     assert quick.timeline.makespan <= 1.01 * best.timeline.makespan
     assert max(quick.peaks) <= max(built("1f1b", *zip(*stages, strict=True), 40).peaks)

@@ -17,7 +17,8 @@ import pytest
 
 from deepmim_scale.arguments import parse
 from deepmim_scale.cli import main
-from deepmim_scale.config import ConfigError, RunConfig, validated
+from deepmim_scale.config import RunConfig, validated
+from deepmim_scale.errors import UserError
 from deepmim_scale.study import report, runner
 from deepmim_scale.study.cells import Cell, build_cells
 from deepmim_scale.study.settings import StudyArguments, check_folder, command, resolve
@@ -129,7 +130,7 @@ def test_cells_that_cannot_be(tmp_path: Path) -> None:
     )
     assert found["d4_p2_dib_w"].problem.startswith("reduction=per_microbatch: schedule=dib_w")
     assert found["d4_p2_dib"].job is not None
-    with pytest.raises(ConfigError, match="no cell can be run; the first, d4_p1_dib: --detph: unk"):
+    with pytest.raises(UserError, match="no cell can be run; the first, d4_p1_dib: --detph: unk"):
         build_cells(study(tmp_path, *SMALL, "--", "--detph", "4"))
 
 
@@ -337,7 +338,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     args = study(tmp_path, *SMALL, "--", "--blr", "1e-3")
     assert check_folder(args) == args, "an empty folder"
     (tmp_path / "runs").mkdir()
-    with pytest.raises(ConfigError, match="holds other files; choose an empty folder"):
+    with pytest.raises(UserError, match="holds other files; choose an empty folder"):
         check_folder(args)
     content: dict[str, Any] = {"settings": args.model_dump(mode="json"), "environment": {}}
     (tmp_path / "study.json").write_text(json.dumps(content))
@@ -362,7 +363,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
         (["--global-batch", "32", "--", "--blr", "1e-3"], "global_batch=32: .* global_batch=16"),
         ([], "flags="),
     ]:
-        with pytest.raises(ConfigError, match=f"{key}.*choose another --output") as error:
+        with pytest.raises(UserError, match=f"{key}.*choose another --output") as error:
             check_folder(study(tmp_path, *SMALL, *words))
         assert "\n" not in str(error.value)
     (tmp_path / "runs").rmdir()
@@ -404,5 +405,5 @@ def test_the_command_on_the_page_is_the_study(tmp_path: Path) -> None:
 
 
 def test_save_every() -> None:
-    with pytest.raises(ConfigError, match="save_every=-1: must not be negative"):
+    with pytest.raises(UserError, match="save_every=-1: must not be negative"):
         validated(lambda: RunConfig(save_every=-1))

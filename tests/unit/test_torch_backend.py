@@ -1,4 +1,4 @@
-"""CPU decoding against PIL: every kind of image, crops, held-out resizing, bad files."""
+"""CPU decoding against PIL: every kind of image, crops, validation resizing, bad files."""
 
 import sys
 
@@ -8,18 +8,18 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from deepmim_scale.config import ConfigError
 from deepmim_scale.data import torch_backend
-from deepmim_scale.data.backend import BadImage, Rows
-from deepmim_scale.data.loader import choose_loader
+from deepmim_scale.data.backend import BadImage, DecodeRequest
+from deepmim_scale.data.backends import choose_loader
 from deepmim_scale.data.sample_plan import crops, flips
-from deepmim_scale.data.torch_backend import centre, decode_whole, read_image, start, stream
+from deepmim_scale.data.torch_backend import center, decode_whole, read_image, start, stream
+from deepmim_scale.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 def picture(height, width, seed=0):
-    """Smooth colours with some detail, like a photograph."""
+    """Smooth colors with some detail, like a photograph."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 255, (7, 9, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
@@ -37,7 +37,7 @@ def pil_crop(path, box, flip, size):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """200 JPEGs of several sizes with their training crops, as one Rows."""
+    """200 JPEGs of several sizes with their training crops, as one DecodeRequest."""
     root = tmp_path_factory.mktemp("photos")
     shapes = [(75, 100), (120, 90), (64, 64), (33, 140)]
     ids = np.arange(200)
@@ -45,7 +45,7 @@ def photos(tmp_path_factory):
     for i, path in enumerate(paths):
         picture(*shapes[i % 4], seed=i).save(path, quality=90)
     heights, widths = np.array([shapes[i % 4] for i in ids]).T
-    return Rows(ids, paths, crops(0, 0, ids, heights, widths, 0.2), flips(0, 0, ids))
+    return DecodeRequest(ids, paths, crops(0, 0, ids, heights, widths, 0.2), flips(0, 0, ids))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def real(photographs):
     paths = sorted(str(path) for path in photographs.iterdir())
     ids = np.arange(len(paths))
     widths, heights = np.array([Image.open(path).size for path in paths]).T
-    return Rows(ids, paths, crops(0, 0, ids, heights, widths, 0.2), flips(0, 0, ids))
+    return DecodeRequest(ids, paths, crops(0, 0, ids, heights, widths, 0.2), flips(0, 0, ids))
 
 
 @pytest.mark.parametrize("size", [32, 112])
@@ -72,7 +72,9 @@ def test_threads_and_prefetch_change_nothing(photos):
     def parts():
         for first in range(0, 200, 40):
             at = slice(first, first + 40)
-            yield Rows(photos.ids[at], photos.paths[at], photos.boxes[at], photos.flips[at])
+            yield DecodeRequest(
+                photos.ids[at], photos.paths[at], photos.boxes[at], photos.flips[at]
+            )
 
     whole = start(photos, 32, threads=1)()
     for threads, prefetch in [(1, 1), (2, 2), (3, 4)]:
@@ -141,7 +143,7 @@ def test_held_out_images_follow_torchvision(tmp_path, height, width):
 
 def test_held_out_image_of_the_inputs_size_is_untouched():
     image = np.asarray(picture(32, 32))
-    np.testing.assert_array_equal(centre(image, 32), image)
+    np.testing.assert_array_equal(center(image, 32), image)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,9 @@ def test_bad_files_are_named(tmp_path, data, reason):
         picture(60, 80).save(tmp_path / "c.png")
         data = (tmp_path / "c.png").read_bytes()[:3000]
     path.write_bytes(data)
-    rows = Rows(np.arange(2), [str(good), str(path)], np.array([[0, 0, 6, 8]] * 2), np.zeros(2))
+    rows = DecodeRequest(
+        np.arange(2), [str(good), str(path)], np.array([[0, 0, 6, 8]] * 2), np.zeros(2)
+    )
     with pytest.raises(BadImage, match=rf"bad\.jpg: .*{reason}") as error:
         start(rows, 16, threads=2)()
     assert "\n" not in str(error.value)
@@ -173,10 +177,10 @@ def test_bad_files_are_named(tmp_path, data, reason):
 def test_one_line_says_what_was_chosen_and_why(monkeypatch):
     assert choose_loader("auto", "auto", CPU)[0] == "torch"
     assert "loader torch (no GPU): JPEG by " in choose_loader("auto", "auto", CPU)[2]
-    with pytest.raises(ConfigError, match="decode=mixed: needs --loader dali and a GPU"):
+    with pytest.raises(UserError, match="decode=mixed: needs --loader dali and a GPU"):
         choose_loader("torch", "mixed", CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="loader=dali: NVIDIA DALI is not installed; pip install"):
+    with pytest.raises(UserError, match="loader=dali: NVIDIA DALI is not installed; pip install"):
         choose_loader("dali", "auto", CPU)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deepmim_scale.config import ConfigError, ModelConfig, RunConfig
+from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.data import verify
 from deepmim_scale.data.backend import BadImage
 from deepmim_scale.data.commands import VerifyArgs, run_verify
@@ -21,6 +21,7 @@ from deepmim_scale.data.manifest import open_manifest, scan_folder
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.torch_backend import stream
 from deepmim_scale.data.verify import captured_stderr, verify_folder
+from deepmim_scale.errors import UserError
 
 NUM_GOOD = 7
 BACKENDS = ["torch"] + ["dali"] * (importlib.util.find_spec("nvidia.dali") is not None)
@@ -122,7 +123,7 @@ def train(manifest, backend, on_bad):
 def test_outcomes(case, capfd):
     root, name, scan, kind = case
     if scan == "refuses":
-        with pytest.raises(ConfigError, match=f"1 unreadable images: {name}; run .* data verify"):
+        with pytest.raises(UserError, match=f"1 unreadable images: {name}; run .* data verify"):
             open_manifest(root)
         assert scan_folder(root).heights.tolist().count(0) == 1
     manifest = open_manifest(root, on_bad="replace")
@@ -208,7 +209,7 @@ def test_damaged_files_are_no_failure(tmp_path):
 def test_mistakes_come_before_the_work(words, tmp_path):
     picture().save(tmp_path / "0.jpg")
     ((key, value),) = words.items()
-    with pytest.raises(ConfigError, match=f"^{'json' if key == 'report' else key}={value}: "):
+    with pytest.raises(UserError, match=f"^{'json' if key == 'report' else key}={value}: "):
         run_verify(VerifyArgs(dir=str(tmp_path), **words))
     assert [path.name for path in tmp_path.iterdir()] == ["0.jpg"]
 

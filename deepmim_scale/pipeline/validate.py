@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from deepmim_scale.plan.schedule import Instruction, Message, Schedule, Times, needs, stage_kinds
-from deepmim_scale.plan.simulate import Memory, peak_activation_bytes, simulate
+from deepmim_scale.pipeline.ir import (
+    Durations,
+    Instruction,
+    Message,
+    Schedule,
+    dependencies,
+    stage_kinds,
+)
+from deepmim_scale.pipeline.simulate import Memory, peak_activation_bytes, simulate
 
 
 class ScheduleError(ValueError):
@@ -28,7 +35,7 @@ def validate(
     for rank in ranks:
         _check_order(schedule, rank)
         _check_dependencies(schedule, rank, sources)
-    simulate(schedule, Times({}, {}))  # raises Deadlock
+    simulate(schedule, Durations({}, {}))  # raises Deadlock
     if memory_limit is not None:
         peaks = peak_activation_bytes(schedule, memory)
         for rank, peak in enumerate(peaks):
@@ -81,7 +88,7 @@ def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, In
                 source
                 if pipeline.rank_of(source.stage) == rank
                 else (payload, source.stage, step.stage, step.microbatch)
-                for source, payload in needs(pipeline, step, schedule.style)
+                for source, payload in dependencies(pipeline, step, schedule.style)
             ]
         for need in required:
             if need not in done:
@@ -97,7 +104,7 @@ def _message_sources(schedule: Schedule) -> dict[Message, Instruction]:
         for rank, instructions in enumerate(schedule.ranks)
         for step in instructions
         if step.payload is None
-        for source, payload in needs(pipeline, step, schedule.style)
+        for source, payload in dependencies(pipeline, step, schedule.style)
         if pipeline.rank_of(source.stage) != rank
     }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deepmim_scale.arguments import read_json, writable
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import RunConfig
+from deepmim_scale.errors import UserError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -55,17 +56,17 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_output(config: RunConfig) -> bool:
-    """Whether the run's folder holds this very run; ConfigError if it holds something else."""
+    """Whether the run's folder holds this very run; UserError if it holds something else."""
     folder = Path(config.output)
     saved = folder / CONFIG
     if not saved.is_file() or not _has_begun(folder):
         if folder.exists() and not saved.is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise ConfigError(f"output={folder}: holds other files; choose an empty folder")
+            raise UserError(f"output={folder}: holds other files; choose an empty folder")
         if config.resume == "required":
-            raise ConfigError(f"resume=required: {folder} holds no run; check --output")
+            raise UserError(f"resume=required: {folder} holds no run; check --output")
         return False
     if config.resume == "never":
-        raise ConfigError(
+        raise UserError(
             f"output={folder}: holds a run; delete it or choose another --output, "
             "or go on with --resume auto"
         )
@@ -76,7 +77,7 @@ def check_output(config: RunConfig) -> bool:
         if theirs.get(key) != value
     ]
     if different:
-        raise ConfigError(
+        raise UserError(
             f"output={folder}: holds another run ({'; '.join(different[:3])}); "
             "choose another --output"
         )
@@ -96,10 +97,10 @@ def write_config(config: RunConfig) -> None:
 
 
 def load_run_config(run: str | Path) -> RunConfig:
-    """The configuration of a run; ConfigError if the folder holds none."""
+    """The configuration of a run; UserError if the folder holds none."""
     path = Path(run) / CONFIG
     if not path.is_file():
-        raise ConfigError(f"{run}: is no run ({CONFIG} is missing); check the path")
+        raise UserError(f"{run}: is no run ({CONFIG} is missing); check the path")
     return RunConfig.model_validate(read_json(str(path)))
 
 

@@ -25,19 +25,19 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-from deepmim_scale.plan.greedy import Policy, list_order
-from deepmim_scale.plan.schedule import (
+from deepmim_scale.pipeline.ir import (
+    Durations,
     Instruction,
     Kind,
     Name,
     Pipeline,
     Schedule,
     Style,
-    Times,
+    insert_messages,
     stage_kinds,
-    with_messages,
 )
-from deepmim_scale.plan.simulate import Memory, Timeline, peak_activation_bytes, simulate
+from deepmim_scale.pipeline.list_scheduler import Policy, list_order
+from deepmim_scale.pipeline.simulate import Memory, Timeline, peak_activation_bytes, simulate
 
 FORWARD_KINDS: tuple[Kind, ...] = ("forward", "decoder_forward")
 INPUT_KINDS: tuple[Kind, ...] = ("decoder_backward", "encoder_backward")
@@ -60,7 +60,7 @@ Candidate = tuple[Style, Policy]
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltSchedule:
     """A schedule with its simulation."""
 
     schedule: Schedule
@@ -73,12 +73,12 @@ def build(
     name: Name,
     pipeline: Pipeline,
     num_microbatches: int,
-    times: Times,
+    times: Durations,
     memory: Sequence[Memory],
     memory_limit: int | None = None,
     *,
     quick: bool = False,
-) -> Built:
+) -> BuiltSchedule:
     """Make a schedule; `dib`, `dib_w` and `1f1b` on the V are searched for (`quick`: less).
 
     The search is for the fastest within `memory_limit` bytes of activations on any rank, by default
@@ -110,12 +110,12 @@ def build(
 def _listed(
     name: Name,
     pipeline: Pipeline,
-    times: Times,
+    times: Durations,
     memory: Sequence[Memory],
     num_microbatches: int,
     style: Style,
     policy: Policy,
-) -> Built:
+) -> BuiltSchedule:
     orders = list_order(pipeline, num_microbatches, times, policy, style)
     return _complete(name, pipeline, num_microbatches, orders, style, times, memory)
 
@@ -126,16 +126,18 @@ def _complete(
     num_microbatches: int,
     orders: list[list[Instruction]],
     style: Style,
-    times: Times,
+    times: Durations,
     memory: Sequence[Memory],
-) -> Built:
-    schedule = with_messages(name, pipeline, num_microbatches, orders, style)
-    return Built(schedule, simulate(schedule, times), peak_activation_bytes(schedule, memory))
+) -> BuiltSchedule:
+    schedule = insert_messages(name, pipeline, num_microbatches, orders, style)
+    return BuiltSchedule(
+        schedule, simulate(schedule, times), peak_activation_bytes(schedule, memory)
+    )
 
 
 def _fastest(
-    found: list[tuple[Built, Candidate]], memory_limit: int | None
-) -> tuple[Built, Candidate]:
+    found: list[tuple[BuiltSchedule, Candidate]], memory_limit: int | None
+) -> tuple[BuiltSchedule, Candidate]:
     least = min(max(built.peaks) for built, _ in found)
     limit = math.inf if memory_limit is None else max(memory_limit, least)
     allowed = [entry for entry in found if max(entry[0].peaks) <= limit]

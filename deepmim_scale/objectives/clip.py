@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepmim_scale.config import ConfigError, ModelConfig
-from deepmim_scale.targets import require_open_clip
-from deepmim_scale.targets.pixels import IMAGENET_MEAN, IMAGENET_STD
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD
+from deepmim_scale.objectives import require_open_clip
 
 # open_clip's own way to name a folder with open_clip_config.json in place of a built-in model.
 LOCAL = "local-dir:"
@@ -45,7 +46,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Features [B, L+1, P], CLS first, of images [B, 3, S, S] normalised as `normalise` does.
+        """Features [B, L+1, P], CLS first, of images [B, 3, S, S] normalized as `normalize` does.
 
         All tokens pass the last LayerNorm and the projection, not only CLS as in CLIP itself. The
         mask's `noise` changes nothing: the teacher sees whole images.
@@ -59,7 +60,7 @@ def load_teacher(
 ) -> Teacher:
     """The open_clip model `name` (or local-dir:FOLDER) with weights from a tag or a file.
 
-    A file is a state dict with `visual.` names, of torch.save or safetensors. ConfigError if there
+    A file is a state dict with `visual.` names, of torch.save or safetensors. UserError if there
     is no such model, its tokens do not fit `config`, or the weights cannot be loaded.
     """
     require_open_clip()
@@ -67,20 +68,20 @@ def load_teacher(
 
     if not name.startswith(LOCAL) and name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.0)
-        raise ConfigError(f"teacher={name}: open_clip has no such model; did you mean {near[0]}?")
+        raise UserError(f"teacher={name}: open_clip has no such model; did you mean {near[0]}?")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights not in tags and not Path(weights).is_file():
         known = f"a tag of {name} ({', '.join(tags)})" if tags else f"a tag ({name} has none)"
-        raise ConfigError(f"teacher_weights={weights}: must be a file or {known}")
+        raise UserError(f"teacher_weights={weights}: must be a file or {known}")
     try:
         with _quiet():
             visual = open_clip.create_model(name, load_weights=False, pretrained_text=False).visual
     except Exception as error:  # open_clip builds many kinds of models and fails in many ways
-        raise ConfigError(f"teacher={name}: cannot be built ({_line(error)})") from None
+        raise UserError(f"teacher={name}: cannot be built ({_line(error)})") from None
     _check(visual, name, config)
     tag = {} if Path(weights).is_file() else open_clip.get_pretrained_cfg(name, weights)
     if tag.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
-        raise ConfigError(
+        raise UserError(
             f"teacher={name}: weights {weights} need QuickGELU; use --teacher {name}-quickgelu"
         )
     try:
@@ -91,7 +92,7 @@ def load_teacher(
             {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
         )
     except Exception as error:  # nor is there an end to what downloads and files can raise
-        raise ConfigError(
+        raise UserError(
             f"teacher_weights={weights}: cannot be loaded ({_line(error)}); "
             f"give a local file with the state dict of {name}"
         ) from None
@@ -101,20 +102,20 @@ def load_teacher(
 
 def _check(visual: Any, name: str, config: ModelConfig) -> None:
     if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
-        raise ConfigError(
+        raise UserError(
             f"teacher={name}: must be a vision transformer with a class token; "
             "use ViT-B-16-quickgelu"
         )
     size, patch = visual.image_size[0], visual.patch_size[0]
     if (size, patch) != (config.img_size, config.patch_size):
         theirs, ours = (size // patch) ** 2 + 1, config.num_patches + 1
-        raise ConfigError(
+        raise UserError(
             f"teacher={name}: {theirs} tokens from image size {size} and patch size {patch}, the "
             f"model has {ours} from img_size={config.img_size} and patch_size={config.patch_size}; "
             f"choose another teacher or --img-size {size} --patch-size {patch}"
         )
     if visual.output_dim != config.teacher_dim:
-        raise ConfigError(
+        raise UserError(
             f"teacher_dim={config.teacher_dim}: the features of teacher={name} are "
             f"{visual.output_dim} wide; use --teacher-dim {visual.output_dim}"
         )

@@ -1,4 +1,4 @@
-"""Pixels, patches and the statistics that images are normalised with.
+"""Pixels, patches and the statistics that images are normalized with.
 
 Legend: B images, C channels, L patches, p patch side, P = p * p * C.
 """
@@ -11,7 +11,7 @@ import torch
 from deepmim_kernels import reference
 from torch import Tensor
 
-# Statistics of ImageNet, with which MAE, DeepMIM and MIRL normalise their input.
+# Statistics of ImageNet, with which MAE, DeepMIM and MIRL normalize their input.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -33,20 +33,20 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixel_scale(images: Tensor) -> dict[str, Any]:
-    """Arguments with which a kernel normalises uint8 images; none for normalised ones."""
+    """Arguments with which a kernel normalizes uint8 images; none for normalized ones."""
     if images.is_floating_point():
         return {}
     return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 by ImageNet's statistics; floating images as they are."""
     if images.is_floating_point():
         return images
-    return reference.normalise(images, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
+    return reference.normalize(images, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Inverse of `normalise`: float [B, 3, H, W] in [0, 1], clipped."""
+    """Inverse of `normalize`: float [B, 3, H, W] in [0, 1], clipped."""
     mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images * std + mean).clamp(0, 1)

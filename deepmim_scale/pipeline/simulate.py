@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepmim_scale.plan.schedule import Instruction, Message, Schedule, Times
+from deepmim_scale.pipeline.ir import Durations, Instruction, Message, Schedule
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Deadlock(ValueError):
     """Every unfinished rank waits for a message that nobody has sent."""
 
 
-def simulate(schedule: Schedule, times: Times) -> Timeline:
+def simulate(schedule: Schedule, times: Durations) -> Timeline:
     """Run the lists: each rank in order, sends without waiting, receives until the message comes.
 
     A transfer starts when the message is sent and the receiver is there: NCCL takes a receive up

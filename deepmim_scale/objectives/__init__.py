@@ -2,13 +2,13 @@
 
 import importlib.util
 
-from deepmim_scale.config import ConfigError
+from deepmim_scale.errors import UserError
 
 
 def require_open_clip() -> None:
-    """ConfigError where the package of CLIP teachers is missing; imports neither it nor torch."""
+    """UserError where the package of CLIP teachers is missing; imports neither it nor torch."""
     if importlib.util.find_spec("open_clip") is None:
-        raise ConfigError(
+        raise UserError(
             "loss=cosine: its teacher needs open_clip, which is not installed; "
             "pip install open_clip_torch"
         )

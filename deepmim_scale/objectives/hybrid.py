@@ -1,7 +1,7 @@
 """DeepMIM's hybrid targets: pixels x mixed with the reconstruction x_hat of a frozen MAE.
 
 A tap's target is a * x + (1 - a) * x_hat (DeepMIM, WACV 2025). The paper's space of this mixture is
-not published; ours is the one that the loss compares in: patch-normalised with norm_pix.
+not published; ours is the one that the loss compares in: patch-normalized with norm_pix.
 Legend: B images, C channels, L patches, K visible patches, P pixels of a patch.
 """
 
@@ -24,7 +24,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """x_hat [B, L-K, P] of normalised images [B, C, H, W] masked by noise [B, L]."""
+        """x_hat [B, L-K, P] of normalized images [B, C, H, W] masked by noise [B, L]."""
         model, inputs = self.model, {}
 
         def tap(name: str, tensors: State) -> State:

@@ -158,7 +158,7 @@ def stage_kinds(pipeline: Pipeline, stage: int, style: Style) -> tuple[Kind, ...
     return tuple(kinds)
 
 
-def needs(
+def dependencies(
     pipeline: Pipeline, step: Instruction, style: Style
 ) -> Iterator[tuple[Instruction, Payload | None]]:
     """What a step relies on, each with the payload that it takes from there (None: no tensor)."""
@@ -194,7 +194,7 @@ def needs(
         yield at("encoder_backward", stage + 1), "gradient"
 
 
-def with_messages(
+def insert_messages(
     name: Name,
     pipeline: Pipeline,
     num_microbatches: int,
@@ -205,7 +205,7 @@ def with_messages(
     incoming: dict[Instruction, list[Instruction]] = {}
     outgoing: dict[Instruction, list[Instruction]] = {}
     for step in (step for order in orders for step in order):
-        for source, payload in needs(pipeline, step, style):
+        for source, payload in dependencies(pipeline, step, style):
             if pipeline.rank_of(source.stage) == pipeline.rank_of(step.stage):
                 continue
             assert payload is not None, f"{step} needs {source} of another rank without a message"
@@ -225,7 +225,7 @@ def with_messages(
 
 
 @dataclass(frozen=True)
-class Times:
+class Durations:
     """Durations in seconds, predicted or profiled, of one schedule's instructions."""
 
     compute: Mapping[tuple[Kind, int], float]

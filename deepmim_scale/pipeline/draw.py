@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.plan.schedule import Kind
-from deepmim_scale.plan.simulate import Timeline
+from deepmim_scale.pipeline.ir import Kind
+from deepmim_scale.pipeline.simulate import Timeline
 
-# Hue: encoder blue, decoder orange; light forward, dark backward, grey-toned weight gradients.
-COLOURS: dict[Kind, tuple[str, str]] = {
+# Hue: encoder blue, decoder orange; light forward, dark backward, gray-toned weight gradients.
+COLORS: dict[Kind, tuple[str, str]] = {
     "forward": ("#9ecae1", "encoder forward"),
     "encoder_backward": ("#2171b5", "encoder backward"),
     "encoder_weight_gradient": ("#6b7f93", "encoder weight gradient"),
@@ -43,7 +43,7 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
     hatched = False
     for event in timeline.events:
         step, seconds = event.instruction, event.end - event.start
-        if step.kind not in COLOURS or not seconds:
+        if step.kind not in COLORS or not seconds:
             continue
         deeper = step.stage >= num_ranks
         drawn.add(step.kind)
@@ -53,7 +53,7 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
             seconds * unit,
             left=event.start * unit,
             height=0.86,
-            color=COLOURS[step.kind][0],
+            color=COLORS[step.kind][0],
             edgecolor="white",
             linewidth=0.6,
             hatch="///" if deeper else None,
@@ -79,12 +79,10 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [
-        Patch(color=colour, label=label)
-        for kind, (colour, label) in COLOURS.items()
-        if kind in drawn
+        Patch(color=color, label=label) for kind, (color, label) in COLORS.items() if kind in drawn
     ]
     if hatched:
-        handles.append(Patch(facecolor="white", edgecolor="grey", hatch="///", label="deep stage"))
+        handles.append(Patch(facecolor="white", edgecolor="gray", hatch="///", label="deep stage"))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
     )

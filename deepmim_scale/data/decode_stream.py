@@ -12,14 +12,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from deepmim_scale.data.backend import Backend, BadImage, Rows
-from deepmim_scale.data.manifest import Manifest, shown
+from deepmim_scale.data.backend import Backend, BadImage, DecodeRequest
+from deepmim_scale.data.manifest import Manifest, printable
 from deepmim_scale.data.sample_plan import SamplePlan, crops, flips
 
 Job = tuple[int, np.ndarray]  # step and sample ids int64 [B]
 
 
-class Decoding:
+class DecodeStream:
     """Call it for the next job's (ids int64 [B], images uint8 [B, 3, S, S]).
 
     With on_bad `fail` a bad file raises BadImage naming it; with `replace` the next good sample of
@@ -55,18 +55,20 @@ class Decoding:
         self._next += 1
         return ids, images
 
-    def _rows_from(self, first: int) -> Iterator[Rows]:
+    def _rows_from(self, first: int) -> Iterator[DecodeRequest]:
         for number in range(first, self._num_jobs):
             step, ids = self._jobs(number)
             if self.bad:
                 ids = np.array([self._good(step, int(i)) for i in ids])
             yield self._rows(step, ids)
 
-    def _rows(self, step: int, ids: np.ndarray) -> Rows:
+    def _rows(self, step: int, ids: np.ndarray) -> DecodeRequest:
         epoch, _ = self._plan.locate(step)
         sizes = self._manifest.heights[ids], self._manifest.widths[ids]
         boxes = crops(self._plan.seed, epoch, ids, *sizes, self._min_crop)
-        return Rows(ids, [self._paths[i] for i in ids], boxes, flips(self._plan.seed, epoch, ids))
+        return DecodeRequest(
+            ids, [self._paths[i] for i in ids], boxes, flips(self._plan.seed, epoch, ids)
+        )
 
     def _good(self, step: int, sample_id: int) -> int:
         """The sample itself, or the first after it that is not known to be bad."""
@@ -102,7 +104,7 @@ class Decoding:
 
     def _report(self, step: int, sample_id: int, reason: BadImage) -> None:
         text = str(reason).removeprefix(f"{self._paths[sample_id]}: ")
-        path = shown(self._paths[sample_id])
+        path = printable(self._paths[sample_id])
         if self._on_bad == "fail":
             raise BadImage(
                 f"step {step}: {path}: {text}; run `deepmim-scale data verify "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from deepmim_scale.plan.schedule import (
+from deepmim_scale.pipeline.ir import (
+    Durations,
     Instruction,
     Kind,
     Pipeline,
     Style,
-    Times,
-    needs,
+    dependencies,
     stage_kinds,
 )
 
@@ -36,7 +36,7 @@ class Policy:
 def list_order(
     pipeline: Pipeline,
     num_microbatches: int,
-    times: Times,
+    times: Durations,
     policy: Policy,
     style: Style,
 ) -> list[list[Instruction]]:
@@ -59,7 +59,7 @@ def list_order(
     durations: dict[Work, float] = {}
     for kind, stage in (work for queue in queues for work in queue):
         step = Instruction(kind, stage, 0)
-        needed = list(needs(pipeline, step, style))
+        needed = list(dependencies(pipeline, step, style))
         sources[kind, stage] = [(source.kind, source.stage) for source, _ in needed]
         durations[kind, stage] = times.of(step) + sum(
             times.transfer.get((payload, source.stage), 0.0)

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deepmim_scale.config import ConfigError, ModelConfig, RunConfig
-from deepmim_scale.plan.estimate import (
+from deepmim_scale.config import ModelConfig, RunConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.pipeline.builders import BuiltSchedule, build
+from deepmim_scale.pipeline.ir import Kind, Placement
+from deepmim_scale.pipeline.validate import validate
+from deepmim_scale.plan.compatibility import check_combination
+from deepmim_scale.plan.partition import Layout, format_layout, parse_layout
+from deepmim_scale.plan.timing import (
     layout_of,
     memory_of,
     pipeline_of,
     profiled_times,
     times_of,
 )
-from deepmim_scale.plan.generate import Built, build
-from deepmim_scale.plan.legal import check_combination
-from deepmim_scale.plan.partition import Layout, format_layout, parse_layout
-from deepmim_scale.plan.schedule import Kind, Placement
-from deepmim_scale.plan.validate import validate
 
 # Only proportions matter to the order of a schedule.
 _FLOPS_PER_SECOND = 1e12
@@ -28,19 +29,19 @@ class TrainingPlan:
     """What a run executes."""
 
     layout: Layout
-    built: Built
+    built: BuiltSchedule
     text: str
     """The layout in readable form."""
 
 
 def choose_layout(model: ModelConfig, stages: int, placement: Placement, text: str) -> Layout:
-    """The layout that `text` gives, or the fastest cut; ConfigError if it does not fit."""
+    """The layout that `text` gives, or the fastest cut; UserError if it does not fit."""
     best = layout_of(model, stages, placement)
     if not text:
         return best
     layout = parse_layout(text, model)
     if len(layout) != len(best):
-        raise ConfigError(
+        raise UserError(
             f"layout={text}: has {len(layout)} stages, but stages={stages} with "
             f"placement={placement} needs {len(best)}; change one of them"
         )
@@ -52,7 +53,7 @@ def training_plan(
     num_microbatches: int,
     measured: Mapping[tuple[Kind, int], float] | None = None,
 ) -> TrainingPlan:
-    """Layout and checked schedule of a run; ConfigError for an illegal combination.
+    """Layout and checked schedule of a run; UserError for an illegal combination.
 
     The schedule is built for times in proportion to FLOPs, or for `measured` seconds by kind and
     stage where they are given.
@@ -74,7 +75,7 @@ def training_plan(
         if not stage.decoders or model.taps[stage.decoders[-1]] != stage.last
     ]
     if config.gradient_flow == "local" and untapped:
-        raise ConfigError(
+        raise UserError(
             f"gradient_flow=local: layout {text} has blocks that no loss of their stage reaches; "
             "end every stage with a decoder"
         )

@@ -9,10 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import RunConfig
 from deepmim_scale.data import torch_backend
 from deepmim_scale.data.backend import Backend
 from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.errors import UserError
 
 CACHE_BYTES = 256 * 1024**2
 
@@ -24,18 +25,18 @@ def choose_loader(
 ) -> tuple[str, str, str]:
     """Loader (`torch` or `dali`), decoder (`cpu` or `mixed`), and one line that says why.
 
-    Raises ConfigError if DALI is asked for but not installed, or `mixed` without DALI and a GPU.
+    Raises UserError if DALI is asked for but not installed, or `mixed` without DALI and a GPU.
     """
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if loader == "dali" and not has_dali:
-        raise ConfigError(
+        raise UserError(
             "loader=dali: NVIDIA DALI is not installed; pip install nvidia-dali-cuda120 "
             "(nvidia-dali-cuda130 for CUDA 13) or use --loader torch"
         )
     on_gpu = device.type == "cuda"
     chosen = ("dali" if has_dali and on_gpu else "torch") if loader == "auto" else loader
     if decode == "mixed" and not (chosen == "dali" and on_gpu):
-        raise ConfigError(f"decode=mixed: needs --loader dali and a GPU, got {chosen} on {device}")
+        raise UserError(f"decode=mixed: needs --loader dali and a GPU, got {chosen} on {device}")
     if chosen == "torch":
         missing = "DALI is not installed" if on_gpu else "no GPU"
         why = missing if loader == "auto" else "asked for"

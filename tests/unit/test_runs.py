@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from deepmim_scale.config import ConfigError, RunConfig
+from deepmim_scale.config import RunConfig
+from deepmim_scale.errors import UserError
 from deepmim_scale.presets import load_preset
-from deepmim_scale.train.run_folder import METRICS, check_output, read_metrics, write_config
+from deepmim_scale.runs.folder import METRICS, check_output, read_metrics, write_config
 
 
 def run(output: Path, **values: Any) -> RunConfig:
@@ -26,11 +27,11 @@ def test_a_run_that_took_no_step_may_be_replaced(tmp_path: Path) -> None:
     assert not check_output(run(tmp_path, seed=2))
     begun(tmp_path, seed=1)
     assert check_output(run(tmp_path, seed=1))
-    with pytest.raises(ConfigError, match=r"holds another run \(seed 1 -> 2\)"):
+    with pytest.raises(UserError, match=r"holds another run \(seed 1 -> 2\)"):
         check_output(run(tmp_path, seed=2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         check_output(run(tmp_path / "other"))
 
 
@@ -38,7 +39,7 @@ def test_stages_are_free_unless_gradients_stop_at_them(tmp_path: Path) -> None:
     begun(tmp_path / "full", stages=2)
     assert check_output(run(tmp_path / "full", stages=4))
     begun(tmp_path / "local", stages=2, gradient_flow="local")
-    with pytest.raises(ConfigError, match="stages 2 -> 4"):
+    with pytest.raises(UserError, match="stages 2 -> 4"):
         check_output(run(tmp_path / "local", stages=4, gradient_flow="local"))
 
 
@@ -50,5 +51,5 @@ def test_an_unfinished_last_row_is_dropped(tmp_path: Path, end: str) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"output=.*file/run/config\.json: cannot be written"):
+    with pytest.raises(UserError, match=r"output=.*file/run/config\.json: cannot be written"):
         write_config(run(tmp_path / "file" / "run"))

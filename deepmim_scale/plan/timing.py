@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deepmim_scale.config import ModelConfig
+from deepmim_scale.pipeline.ir import Durations, Kind, Payload, Pipeline, Placement
+from deepmim_scale.pipeline.simulate import Memory
 from deepmim_scale.plan.cost import (
     Precision,
     StageCost,
@@ -17,8 +19,6 @@ from deepmim_scale.plan.cost import (
     stage_cost,
 )
 from deepmim_scale.plan.partition import Layout, partition
-from deepmim_scale.plan.schedule import Kind, Payload, Pipeline, Placement, Times
-from deepmim_scale.plan.simulate import Memory
 
 
 def layout_of(
@@ -51,7 +51,7 @@ def pipeline_of(
 
 
 @dataclass(frozen=True)
-class Message:
+class Transfer:
     """What one micro-batch sends from one stage to another."""
 
     payload: Payload
@@ -62,20 +62,20 @@ class Message:
 
 def messages_of(
     model: ModelConfig, layout: Layout, microbatch: int, precision: Precision = "autocast"
-) -> list[Message]:
+) -> list[Transfer]:
     """All messages of a micro-batch of so many images, those within a rank included."""
     width = microbatch * product_width(precision)
     found = []
     for lower, stage in enumerate(layout[1:], start=1):
         size = microbatch * boundary_bytes(model, stage.first, precision)
-        found.append(Message("activation", lower - 1, lower, size))
-        found.append(Message("gradient", lower, lower - 1, size))
+        found.append(Transfer("activation", lower - 1, lower, size))
+        found.append(Transfer("gradient", lower, lower - 1, size))
     if model.method == "mirl":
         for shallow in range(len(layout) // 2):
             deep = len(layout) - 1 - shallow
             size = width * prediction_values(model) * len(layout[shallow].decoders)
-            found.append(Message("prediction", shallow, deep, size))
-            found.append(Message("prediction_gradient", deep, shallow, size))
+            found.append(Transfer("prediction", shallow, deep, size))
+            found.append(Transfer("prediction_gradient", deep, shallow, size))
     return found
 
 
@@ -87,7 +87,7 @@ def times_of(
     seconds_per_byte: Callable[[int, int], float] = lambda source, target: 0.0,
     *,
     split: bool = False,
-) -> Times:
+) -> Durations:
     """Durations in proportion to FLOPs, and transfers to bytes (autocast) between two stages.
 
     With `split` the backward kinds stand for gradients with respect to inputs only. The teacher
@@ -113,10 +113,10 @@ def times_of(
         * seconds_per_byte(message.source, message.target)
         for message in messages_of(model, layout, microbatch)
     }
-    return Times(compute, transfer)
+    return Durations(compute, transfer)
 
 
-def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Times) -> Times:
+def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Durations) -> Durations:
     """Predicted times with measured seconds in their place, to rebuild a schedule from a profile.
 
     A kind that was not run (`decoder` where the profile has `decoder_forward` and
@@ -136,7 +136,7 @@ def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Times)
         key: measured.get(key, seconds * found[part(key)] / (expected[part(key)] or 1.0))
         for key, seconds in predicted.compute.items()
     }
-    return Times(compute, predicted.transfer)
+    return Durations(compute, predicted.transfer)
 
 
 def memory_of(model: ModelConfig, layout: Layout, microbatch: int) -> list[Memory]:

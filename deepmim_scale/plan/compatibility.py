@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepmim_scale.config import ConfigError, ModelConfig
+from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
 
 BOTH = ("coalesced", "per_microbatch")
 WHOLE = ("gpipe", "1f1b", "dib")
@@ -53,26 +54,26 @@ def check_combination(
     reduction: str = "coalesced",
     gradient_flow: str = "full",
 ) -> None:
-    """Raise ConfigError, one line with key, value and remedy, for a row that is not in TABLE."""
+    """Raise UserError, one line with key, value and remedy, for a row that is not in TABLE."""
     rows = [row for row in TABLE if model.method in row.methods]
     _narrow(rows, "placement", placement, lambda row: (row.placement,), model)
     rows = [row for row in rows if row.placement == placement]
     stages = rows[0].stages(model)
     if num_stages not in stages:
         allowed = ", ".join(map(str, stages)) if len(stages) < 8 else f"1 to {stages[-1]}"
-        raise ConfigError(
+        raise UserError(
             f"stages={num_stages}: {model.method} with placement={placement} "
             f"and depth={model.depth} can be cut into {allowed} stages; use one of these"
         )
     _narrow(rows, "schedule", schedule, lambda row: row.schedules, model)
     rows = [row for row in rows if schedule in row.schedules]
     if reduction not in rows[0].reductions:
-        raise ConfigError(
+        raise UserError(
             f"reduction={reduction}: schedule={schedule} leaves weight gradients for later and "
             f"needs reduction={rows[0].reductions[0]}; or use schedule=dib"
         )
     if gradient_flow == "local" and model.method != "deepmim":
-        raise ConfigError(
+        raise UserError(
             f"gradient_flow=local: {model.method} has blocks without a loss of their own stage; "
             "use gradient_flow=full"
         )
@@ -88,6 +89,6 @@ def _narrow(
     allowed = [option for row in rows for option in values(row)]
     if value not in allowed:
         names = ", ".join(dict.fromkeys(allowed))
-        raise ConfigError(
+        raise UserError(
             f"{key}={value}: {model.method} is defined for {key} {names}; use one of these"
         )
