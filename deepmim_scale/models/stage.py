@@ -153,25 +153,30 @@ class Stage(nn.Module):
         images [B, C, H, W] uint8 or normalized; teacher [B, L+1, P] for loss cosine, or the
         reconstruction [B, L-K, P] for hybrid targets.
         """
-        config, ids, hint = self.config, masking.ids_masked, self.gradient_hint
+        config, ids = self.config, masking.ids_masked
         if config.loss == "cosine":
             if teacher is None:
                 raise ValueError("loss=cosine: needs teacher features [B, L+1, P]; pass teacher=")
             return lambda _name, preds: masked_cosine(
-                preds[0], teacher, ids=ids, teacher_prefix_tokens=1, hint=hint
+                preds[0],
+                teacher,
+                ids=ids,
+                teacher_prefix_tokens=1,
+                expected_grad_scale=self.gradient_hint,
             )
         if config.hybrid_alphas and teacher is None:
             raise ValueError("hybrid_alphas: need a reconstruction [B, L-K, P]; pass teacher=")
         shares = zip(loss_members(config), config.hybrid_alphas, strict=False)
-        mixed = {name: (teacher, a) for name, a in shares if a < 1 and teacher is not None}
+        alphas = {name: alpha for name, alpha in shares if alpha < 1}
         return lambda name, preds: masked_mse(
             preds[0],
             images,
             ids=ids,
             patch_size=config.patch_size,
             norm_pix=config.norm_pix,
-            pred2=preds[1] if len(preds) > 1 else None,
-            hybrid=mixed.get(name),
-            hint=hint,
+            paired_pred=preds[1] if len(preds) > 1 else None,
+            mix_target=teacher if name in alphas else None,
+            mix_alpha=alphas.get(name, 1.0),
+            expected_grad_scale=self.gradient_hint,
             **pixel_scale(images),
         )

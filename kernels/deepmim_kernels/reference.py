@@ -56,8 +56,8 @@ def masked_mean(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def masked_mse(
     pred: Tensor,
-    pred2: Tensor | None,
-    generator: Tensor | None,
+    paired_pred: Tensor | None,
+    mix_target: Tensor | None,
     images: Tensor,
     mask: Tensor | None,
     ids: Tensor | None,
@@ -65,7 +65,7 @@ def masked_mse(
     patch_size: int,
     prefix_tokens: int,
     norm_pix: bool,
-    alpha: float,
+    mix_alpha: float,
     mean: Floats,
     std: Floats,
 ) -> tuple[Tensor, Tensor]:
@@ -78,11 +78,11 @@ def masked_mse(
         target = take_rows(target, ids)
     if norm_pix:
         target = normalize_patches(target)
-    if generator is not None:
-        target = alpha * target + (1 - alpha) * generator[:, prefix_tokens:]
+    if mix_target is not None:
+        target = mix_alpha * target + (1 - mix_alpha) * mix_target[:, prefix_tokens:]
     residual = pred[:, prefix_tokens:] - target
-    if pred2 is not None:
-        residual = residual + pred2[:, prefix_tokens:]
+    if paired_pred is not None:
+        residual = residual + paired_pred[:, prefix_tokens:]
     rows = (residual**2).mean(dim=-1)
     return masked_mean(rows, None if mask is None else mask.to(dtype))
 
