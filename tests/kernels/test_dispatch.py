@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ from deepmim_kernels import (
     gather_patches,
     masked_cosine,
     masked_mse,
+    use_backend,
 )
+
+from deepmim_scale.config import RunConfig
+from deepmim_scale.parallel import failure
+from deepmim_scale.train import pretrain
 
 CPU_ONLY = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter runs on the CPU")
 IMAGES = torch.zeros(2, 3, 8, 12)
@@ -81,6 +87,46 @@ def test_the_variable_sets_the_default_and_the_argument_wins() -> None:
     )
     assert result.stdout.strip() == "False"
     assert "backend='fast' is not a kernel backend" in result.stderr.splitlines()[-1]
+
+
+def test_use_backend_holds_for_calls_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")  # put back at the end
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    tensor: Any = FakeCuda(torch.float32)
+    for name, runs in (("torch", False), ("auto", True), ("triton", True)):
+        use_backend(name)
+        assert _dispatch.use_triton("auto", tensor) == runs
+        assert not _dispatch.use_triton("torch", tensor)
+    with pytest.raises(ValueError, match="backend='fast' is not a kernel backend"):
+        use_backend("fast")
+    assert _dispatch.DEFAULT_BACKEND == "triton", "a mistake changed the backend"
+
+
+@CPU_ONLY
+def test_use_backend_says_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+    use_backend("triton")
+    with pytest.raises(ValueError, match="on cpu; use backend='auto' or 'torch'"):
+        masked_mse(PRED, IMAGES, mask=MASK, patch_size=4)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_run_chooses_after_the_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(timeout: float) -> None:
+        raise Stop
+
+    config = RunConfig(kernels=name)
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+    monkeypatch.setattr(pretrain, "prepare", lambda config: SimpleNamespace(config=config))
+    monkeypatch.setattr(pretrain, "describe", lambda prepared: [])
+    monkeypatch.setattr(failure, "limit_waits", stop)
+    with pytest.raises(Stop):
+        pretrain.pretrain(config)
+    chosen = _dispatch.DEFAULT_BACKEND
+    assert chosen == name
 
 
 @pytest.mark.parametrize(
