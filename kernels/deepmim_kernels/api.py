@@ -77,6 +77,7 @@ def masked_mse(
     mean, std = check.pixel_scale(images, pixel_mean, pixel_std)
     num_patches = check.num_patches(images, patch_size)
     check.selection(pred, mask, ids, num_patches, prefix_tokens)
+    check.same_batch("images", images, pred)
     expected = patch_size * patch_size * images.shape[1]
     check.require(
         pred.shape[2] == expected,
@@ -252,6 +253,7 @@ def gather_patches(
         ids.ndim == 2 and ids.shape[0] == images.shape[0],
         f"ids {tuple(ids.shape)} must be [B, K] with B = {images.shape[0]} images",
     )
+    check.patch_ids(ids)
     check.no_gradient("images", images)
     if use_triton(backend, images):
         return gather_patches_op(images, ids.contiguous(), patch_size, mean, std)

@@ -138,6 +138,11 @@ def test_a_run_chooses_after_the_import(name: str, monkeypatch: pytest.MonkeyPat
         ({"mask": MASK, "prefix_tokens": 1}, "L \\+ prefix_tokens"),
         ({"ids": IDS[:, :3]}, "pass ids \\[B, K\\]"),
         ({"ids": IDS, "prefix_tokens": 1}, "prefix_tokens 0"),
+        ({"ids": IDS, "images": IMAGES[:, :, :4]}, "ids name 6 patches of 3"),
+        ({"mask": MASK, "images": IMAGES[:, :, :4]}, "do not fit 3 patches"),
+        ({"ids": IDS.int()}, "ids are torch.int32; pass torch.int64"),
+        ({"ids": IDS, "images": IMAGES[:1]}, "images and pred have batches of 1 and 2"),
+        ({"mask": MASK, "images": IMAGES.repeat(2, 1, 1, 1)}, "batches of 4 and 2"),
         ({"mask": MASK, "pred": PRED[0]}, "pred must be"),
         ({"mask": MASK, "pred": torch.zeros(2, 6, 47)}, "needs 48"),
         ({"mask": MASK, "images": IMAGES[0]}, "add the batch axis"),
@@ -181,3 +186,7 @@ def test_errors_of_the_other_functions() -> None:
         decoder_assemble(PRED, token[0, 0], pos, IDS)
     with pytest.raises(ValueError, match="ids \\(1, 6\\) must be"):
         gather_patches(IMAGES, IDS[:1], patch_size=4)
+    with pytest.raises(ValueError, match=r"ids are torch\.float32"):
+        gather_patches(IMAGES, IDS.float(), patch_size=4)
+    with pytest.raises(ValueError, match="ids name 6 patches of 5"):
+        masked_cosine(PRED, torch.zeros(2, 5, 48), ids=IDS)
