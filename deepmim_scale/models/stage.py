@@ -79,8 +79,12 @@ class Stage(nn.Module):
     def embed(self, images: Tensor, masking: Masking) -> State:
         """State before block 1: visible patches of images [B, C, H, W] with position and CLS.
 
-        images: uint8, or floating and normalized.
+        images: uint8, or floating and normalized. ValueError for images of another size.
         """
+        side, (height, width) = self.config.img_size, images.shape[-2:]
+        # Here for both paths: a gather of patches would take any size, with the wrong positions.
+        if height != side or width != side:
+            raise ValueError(f"images are {height}x{width}: must be img_size={side}; resize them")
         dtype, ids = self.cls_token.dtype, masking.ids_visible  # 16-bit weights, 16-bit images
         if use_triton("auto", images):
             # The visible patches alone go through the convolution, as the Linear that it is.

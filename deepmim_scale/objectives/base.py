@@ -118,3 +118,10 @@ class ObjectiveSpec:
 def missing_teacher(target: str, shape: str) -> ValueError:
     """For a model that is called without what its targets are made of."""
     return ValueError(f"target={target}: needs {shape} from its teacher; pass teacher=")
+
+
+def build_cosine(model: ModelConfig, teacher: Any) -> Objective:
+    """`build` of the targets that are a frozen teacher's features, compared by cosine."""
+    from deepmim_scale.objectives.features import CosineObjective
+
+    return CosineObjective(model, teacher)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.objectives.base import Networks, Objective, ObjectiveSpec, TeacherSize
+from deepmim_scale.objectives.base import Networks, ObjectiveSpec, TeacherSize, build_cosine
 
 if TYPE_CHECKING:
     from deepmim_scale.config import ModelConfig, RunConfig
@@ -72,16 +72,10 @@ def _load(config: RunConfig, networks: Networks) -> Any:
     return load_teacher(*_name_and_weights(config), config.model)
 
 
-def _build(model: ModelConfig, teacher: Any) -> Objective:
-    from deepmim_scale.objectives.features import CosineObjective
-
-    return CosineObjective(model, teacher)
-
-
 SPEC = ObjectiveSpec(
     "clip",
     lambda model: model.teacher_dim,
-    _build,
+    build_cosine,
     load_teacher=_load,
     check_run=_check_run,
     teacher_size=teacher_size,

@@ -11,31 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from deepmim_scale.objectives.base import (
-    Networks,
-    Objective,
-    ObjectiveSpec,
-    TeacherSize,
-    missing_teacher,
-)
+from deepmim_scale.objectives.base import Objective, ObjectiveSpec, TeacherSize, missing_teacher
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from deepmim_scale.config import ModelConfig, RunConfig
+    from deepmim_scale.config import ModelConfig
 
 
-class Teacher:
-    """The averaged encoder."""
+class Ema:
+    """The averaged encoder; the frozen position table is no weight of it."""
 
     def __init__(self, model: Any, decay: float) -> None:
-        self.model, self.decay = model.eval().requires_grad_(False), decay
-        self.weights = {
-            name: weight
-            for name, weight in model.named_parameters()
-            if not name.startswith(("decoders.", "carries.", "pos_embed"))
-        }
+        self.model, self._decay = model.eval().requires_grad_(False), decay
+        names = dict(model.named_parameters())
+        outside = ("decoders.", "carries.", "pos_embed")
+        self.weights = {n: w for n, w in names.items() if not n.startswith(outside)}
 
     def latents(self, images: Tensor) -> Tensor:
         """Normalized tokens [B, L, D] after the last block, of whole images."""
@@ -44,48 +35,30 @@ class Teacher:
         *_, tokens = self.model.features(images)
         return functional.layer_norm(tokens[:, 1:].float(), tokens.shape[-1:])
 
-
-def build(model: ModelConfig, teacher: Teacher | None) -> Objective:
-    """Squared error to the teacher's latents."""
-    from deepmim_scale.objectives.features import SquaredErrorObjective
-
-    class EmaObjective(SquaredErrorObjective):
-        """Its teacher learns after every step."""
-
-        def to(self, device: torch.device) -> None:
-            if teacher is not None:
-                teacher.model.to(device)
-
-        def after_step(self, parameters: Mapping[str, Tensor]) -> None:
-            for name, weight in teacher.weights.items() if teacher is not None else ():
-                weight.lerp_(parameters[name].detach().to(weight.dtype), 1 - teacher.decay)
-
-        def state(self) -> dict[str, Tensor]:
-            return dict(teacher.weights) if teacher is not None else {}
-
-        def load_state(self, state: Mapping[str, Tensor]) -> None:
-            for name, weight in teacher.weights.items() if teacher is not None else ():
-                weight.copy_(state[name])
-
-    def latents(images: Tensor) -> Tensor:
-        if teacher is None:
-            raise missing_teacher(SPEC.name, "latents [B, L, D]")
-        return teacher.latents(images)
-
-    return EmaObjective(latents)
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Move towards the trained weights."""
+        for name, weight in self.weights.items():
+            weight.lerp_(parameters[name].detach().to(weight.dtype), 1 - self._decay)
 
 
-def _load(config: RunConfig, networks: Networks) -> Teacher:
-    return Teacher(networks.fresh(config), config.ema_decay)
+def _build(model: ModelConfig, teacher: Ema | None) -> Objective:
+    from deepmim_scale.objectives.features import LearningObjective, SquaredErrorObjective
+
+    def nothing(images: Tensor) -> Tensor:
+        raise missing_teacher(model.target, "latents [B, L, D]")
+
+    return SquaredErrorObjective(nothing) if teacher is None else LearningObjective(teacher)
+
+
+def _size(model: ModelConfig) -> TeacherSize:
+    return TeacherSize(model.depth, model.embed_dim, model.num_patches + 1, model.mlp_ratio)
 
 
 SPEC = ObjectiveSpec(
     "ema",
     lambda model: model.embed_dim,
-    build,
-    load_teacher=_load,
-    teacher_size=lambda model: TeacherSize(
-        model.depth, model.embed_dim, model.num_patches + 1, model.mlp_ratio
-    ),
+    _build,
+    load_teacher=lambda run, networks: Ema(networks.fresh(run), run.ema_decay),
+    teacher_size=_size,
     whole_model=True,
 )

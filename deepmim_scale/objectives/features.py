@@ -5,8 +5,8 @@ Legend: B images, L patches, K visible patches, P width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from deepmim_kernels import masked_cosine
@@ -113,3 +113,43 @@ class SquaredErrorObjective(Objective):
         """In fp32 at least, whatever autocast made of the prediction."""
         wide = torch.promote_types(predictions[0].dtype, torch.float32)
         return (predictions[0].to(wide) - targets).square().mean()
+
+
+class LearningTeacher(Protocol):
+    """A teacher that follows the trained model."""
+
+    model: nn.Module
+    weights: dict[str, Tensor]
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Features [B, L, P] of normalized images."""
+        ...
+
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Learn from the trained weights, by their global names."""
+        ...
+
+
+class LearningObjective(SquaredErrorObjective):
+    """Mean squared error to a teacher that learns after every step."""
+
+    def __init__(self, teacher: LearningTeacher) -> None:
+        super().__init__(teacher.latents)
+        self._teacher = teacher
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher."""
+        self._teacher.model.to(device)
+
+    def after_step(self, parameters: Mapping[str, Tensor]) -> None:
+        """The teacher's turn."""
+        self._teacher.update(parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        """The teacher's weights."""
+        return dict(self._teacher.weights)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        for name, weight in self._teacher.weights.items():
+            weight.copy_(state[name])

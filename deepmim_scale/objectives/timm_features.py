@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.objectives.base import Networks, Objective, ObjectiveSpec, TeacherSize
+from deepmim_scale.objectives.base import Networks, ObjectiveSpec, TeacherSize, build_cosine
 
 if TYPE_CHECKING:
     from deepmim_scale.config import ModelConfig, RunConfig
@@ -25,10 +25,13 @@ def _create(model: ModelConfig, device: str) -> Any:
     if not timm.is_model(name):
         raise UserError(f"target={model.target}: timm has no such model; see timm.list_models()")
     with torch.device(device):
-        teacher = timm.create_model(name, num_classes=0, img_size=model.img_size)
-    if not hasattr(teacher, "blocks") or not hasattr(teacher, "num_prefix_tokens"):
+        teacher = timm.create_model(name, num_classes=0)
+    grid = (model.grid_size, model.grid_size)
+    found = getattr(getattr(teacher, "patch_embed", None), "grid_size", None)
+    if found != grid or not hasattr(teacher, "num_prefix_tokens"):
         raise UserError(
-            f"target={model.target}: must be a vision transformer; e.g. timm:vit_base_patch16_224"
+            f"target={model.target}: must be a vision transformer with {grid} patches, has {found};"
+            " choose another one, or another --img-size or --patch-size"
         )
     return teacher
 
@@ -51,45 +54,24 @@ def _load(config: RunConfig, networks: Networks) -> Any:
 
     from deepmim_scale.objectives.features import FrozenTeacher
 
-    model, teacher = config.model, _create(config.model, "cpu")
-    grid, width = teacher.patch_embed.grid_size, teacher.num_features
-    if grid != (model.grid_size, model.grid_size):
-        raise UserError(
-            f"target={model.target}: has {grid[0]} x {grid[1]} patches, the model {model.grid_size}"
-            f" x {model.grid_size}; choose --patch-size {model.img_size // grid[0]} or another one"
-        )
-    if width != model.teacher_dim:
-        raise UserError(
-            f"teacher_dim={model.teacher_dim}: features of target={model.target} are {width} wide; "
-            f"use --teacher-dim {width}"
-        )
+    model, file, teacher = config.model, config.model.teacher, _create(config.model, "cpu")
+    if teacher.num_features != model.teacher_dim:
+        width = teacher.num_features
+        raise UserError(f"teacher_dim={model.teacher_dim}: must be {width} for {model.target}")
     try:
-        state = load_state_dict(model.teacher, use_ema=False, weights_only=True)
+        state = load_state_dict(file, use_ema=False, weights_only=True)
         teacher.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
     except Exception as error:  # files can be wrong in many ways
         reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"teacher={model.teacher}: no weights of {model.target} ({reason})"
-        ) from None
-    return FrozenTeacher(
-        teacher,
-        teacher.forward_features,
-        teacher.pretrained_cfg["mean"],
-        teacher.pretrained_cfg["std"],
-        teacher.num_prefix_tokens,
-    )
-
-
-def _build(model: ModelConfig, teacher: Any) -> Objective:
-    from deepmim_scale.objectives.features import CosineObjective
-
-    return CosineObjective(model, teacher)
+        raise UserError(f"teacher={file}: no weights of {model.target} ({reason})") from None
+    mean, std = (teacher.pretrained_cfg[key] for key in ("mean", "std"))
+    return FrozenTeacher(teacher, teacher.forward_features, mean, std, teacher.num_prefix_tokens)
 
 
 SPEC = ObjectiveSpec(
     "timm",
     lambda model: model.teacher_dim,
-    _build,
+    build_cosine,
     load_teacher=_load,
     check_run=_check_run,
     teacher_size=_size,

@@ -104,14 +104,8 @@ def simulate(schedule: Schedule, times: Durations) -> Timeline:
 
 def peak_activation_bytes(schedule: Schedule, memory: Sequence[Memory]) -> tuple[int, ...]:
     """Largest sum of saved activations on each rank; depends on the order only, not on times."""
-    released = {
-        "encoder": "encoder_weight_gradient"
-        if schedule.style.split_backward
-        else "encoder_backward",
-        "decoders": "decoder_weight_gradient"
-        if schedule.style.split_backward
-        else "decoder_backward",
-    }
+    last = "weight_gradient" if schedule.style.split_backward else "backward"
+    released = {"encoder": f"encoder_{last}", "decoders": f"decoder_{last}"}
     peaks = []
     for instructions in schedule.ranks:
         current = peak = 0
