@@ -1,5 +1,6 @@
 """Verdicts of the planner, the commands' files and messages, pictures, and what plan/ imports."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,15 +8,15 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import tyro
 
+from deepmim_scale.arguments import parse
+from deepmim_scale.cli import COMMANDS
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.methods import method_of
 from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt
 from deepmim_scale.pipeline.registry import build_schedule
-from deepmim_scale.plan import commands
 from deepmim_scale.plan.cost import (
     model_cost,
     stage_cost,
@@ -244,8 +245,10 @@ def test_mirl_on_v_gains_over_folded_1f1b(capsys):
 
 
 def run(command, *flags):
-    arguments = {"plan": commands.PlanArguments, "schedule": commands.ScheduleArguments}[command]
-    getattr(commands, command)(tyro.cli(arguments, args=list(flags)))
+    module, arguments, function, _ = COMMANDS[command]
+    code = importlib.import_module(f"deepmim_scale.{module}")
+    given = parse(getattr(code, arguments), flags, prog=command)
+    getattr(code, function)(given)
 
 
 def test_plan_command(tmp_path, capsys):
@@ -403,8 +406,8 @@ def test_mistakes(flags, message):
 
 
 def test_plan_imports_no_torch():
-    plan = "cost hardware partition compatibility timing planner resolve commands"
-    pipeline = "ir builders list_scheduler validate simulate draw"
+    plan = "cost hardware messages partition timing planner resolve commands schedule_command"
+    pipeline = "ir builders list_scheduler registry compatibility files validate simulate draw"
     names = [f"plan.{name}" for name in plan.split()] + [f"pipeline.{n}" for n in pipeline.split()]
     code = "import sys\n" + "\n".join(f"import deepmim_scale.{name}" for name in names)
     code += "\nsys.exit(','.join({'torch', 'matplotlib', 'numpy'} & set(sys.modules)) or 0)"
