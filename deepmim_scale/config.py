@@ -12,7 +12,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from deepmim_scale.errors import UserError
 
@@ -66,6 +73,15 @@ def _divides(key: str, value: int, name: str, divisor: int) -> None:
     near = f"{below} or {below + divisor}" if below else str(divisor)
     rule = f"must be divisible by {name}={divisor}; e.g. {near}"
     _require(value % divisor == 0, key, value, rule)
+
+
+def _check_from(value: str) -> str:
+    known = re.fullmatch("((step_)?[0-9]{1,8}|latest)?", value)
+    _require(known is not None, "from", value, "must be latest or a step, as step_00000800 or 800")
+    return value
+
+
+FromStep = Annotated[str, AfterValidator(_check_from), tyro.conf.arg(name="from")]
 
 
 class FrozenConfig(BaseModel):
@@ -345,10 +361,14 @@ class RunConfig(FrozenConfig):
     """Steps between checkpoints, and one after the last step; 0 never."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints after every so many steps are kept for good; 0 keeps the newest only."""
     print_every: int = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"
     """auto: go on where this run stopped; never: only in an empty folder; required: only so."""
+    from_step: FromStep = ""
+    """Go on from this checkpoint, as step_00000800, 800 or latest; later ones are set aside."""
     profile: bool = False
     """Write a torch.profiler trace of steps 11 to 13 to the run's folder."""
 
@@ -378,6 +398,7 @@ class RunConfig(FrozenConfig):
             "check_feed",
             "reschedule_after",
             "save_every",
+            "keep_every",
         ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
@@ -395,6 +416,11 @@ class RunConfig(FrozenConfig):
             True,
             "dib_w queues weight gradients in Python; use schedule dib",
         )
+        if self.keep_every:
+            _require(
+                self.save_every > 0, "keep_every", self.keep_every, "save_every=0 saves nothing"
+            )
+            _divides("keep_every", self.keep_every, "save_every", self.save_every)
         alphas = self.model.hybrid_alphas
         _require(
             bool(self.hybrid) or not alphas,

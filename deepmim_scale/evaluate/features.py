@@ -1,4 +1,4 @@
-"""FrozenConfig features of a pre-trained encoder, at every block that fed a decoder.
+"""Frozen features of a pre-trained encoder, at every block that fed a decoder.
 
 Legend: N images, L patches, D width.
 """
@@ -33,11 +33,11 @@ class Key(NamedTuple):
 PIXELS = Key("-", "raw pixels", "-")
 
 
-def load_model(run: str | Path) -> Model:
-    """The whole model of a run with the weights of its newest checkpoint."""
+def load_model(run: str | Path, from_step: str = "") -> Model:
+    """The whole model of a run with the weights of a checkpoint (default: the newest)."""
     config = load_run_config(run)
     model = build_model(config.model, seed=config.seed)
-    load_weights(resolve(run), model)
+    load_weights(resolve(run, from_step), model)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ import torch
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.plan.hardware import Gpu, gpu_named, mfu
-from deepmim_scale.runs.folder import METRICS, read_metrics
+from deepmim_scale.runs.folder import METRICS, read_metrics, writing
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -64,7 +64,8 @@ class MetricsWriter:
     def __init__(self, run: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second of imports: rank 0 only
 
-        path = Path(run) / METRICS
+        self._run, self._path = run, Path(run) / METRICS
+        path = self._path
         kept = [row for row in read_metrics(run) if row["step"] <= step] if path.exists() else []
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -73,9 +74,18 @@ class MetricsWriter:
         self._board = SummaryWriter(Path(run) / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers inside dicts get TensorBoard names such as losses/block06."""
-        self._lines.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
-        self._lines.flush()
+        """Append one row; numbers inside dicts get TensorBoard names such as losses/block06.
+
+        RunFailure if the disk is full or the folder is gone.
+        """
+        with writing(self._run):
+            # Writing into a deleted file would succeed, and be lost.
+            self._path.stat()
+            self._lines.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
+            self._lines.flush()
+            self._write_events(row)
+
+    def _write_events(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if isinstance(value, dict):
                 for name, number in value.items():
@@ -85,5 +95,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush both files."""
-        self._lines.close()
-        self._board.close()
+        with writing(self._run):
+            self._lines.close()
+            self._board.close()

@@ -21,7 +21,8 @@ from deepmim_scale.ds_config import (
 )
 from deepmim_scale.errors import UserError
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
-from deepmim_scale.runs.folder import check_output
+from deepmim_scale.runs.lock import check_free
+from deepmim_scale.runs.resume import check_output
 from deepmim_scale.train.teachers import build_teacher, check_teacher
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     pipeline = training_plan(config, batch.microbatches)
     config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
+    check_free(config.output)
     may_resume = check_output(config)
     if not config.data:
         raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")

@@ -187,7 +187,7 @@ CASES = {
         ["RUN", "--output", "RUN/model.safetensors", "--format", "hf"],
         "config.json: exists",
     ),
-    "no checkpoint": (["empty", "--output", "x.safetensors"], "no checkpoints/step_* in empty"),
+    "no checkpoint": (["empty", "--output", "x.safetensors"], "empty: no checkpoints/step_* in it"),
 }
 
 

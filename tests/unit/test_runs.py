@@ -10,7 +10,8 @@ import pytest
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.presets import load_preset
-from deepmim_scale.runs.folder import METRICS, check_output, read_metrics, write_config
+from deepmim_scale.runs.folder import METRICS, read_metrics, write_config
+from deepmim_scale.runs.resume import check_output
 
 
 def run(output: Path, **values: Any) -> RunConfig:
