@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _print_unless_told_here(error: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread keeps its error, and the next row raises it in ours.
+    if type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)
+
+
 class MetricsWriter:
     """metrics.jsonl (a row per step) and TensorBoard events; rows after `step` are dropped."""
 
@@ -71,6 +78,7 @@ class MetricsWriter:
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.rename(path)
         self._lines = path.open("a")
+        threading.excepthook = _print_unless_told_here
         self._board = SummaryWriter(Path(run) / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
