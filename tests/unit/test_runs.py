@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -269,21 +271,46 @@ def test_a_process_id_that_is_used_again(tmp_path: Path) -> None:
     lock.check_free(tmp_path)
 
 
-def test_a_process_of_another_machine(tmp_path: Path) -> None:
-    holder = dataclasses.replace(lock._this_process(), host="node7", machine="another boot", pid=1)
-    path = lock_of(holder, tmp_path, age=60)
-    with pytest.raises(UserError, match=rf"process 1 on node7 .* if it is gone, delete {path}"):
-        lock.check_free(tmp_path)
-    lock_of(holder, tmp_path, age=lock.STALE_SECONDS + 1)
+def other_machine() -> lock.Holder:
+    return dataclasses.replace(lock._this_process(), host="node7", machine="another boot", pid=1)
+
+
+def test_a_process_of_another_machine_that_lives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lock_of(other_machine(), tmp_path, age=100)
+    lock.check_free(tmp_path)  # only rank 0 waits
+    touch = threading.Timer(0.5, os.utime, [path])
+    touch.start()
+    with pytest.raises(UserError, match=r"in use by process 1 on node7 since"):
+        lock.held(tmp_path).__enter__()
+    touch.join()
+    assert re.fullmatch(
+        r"waiting up to (79|80) s for a sign of life of process 1 on node7 .*\n",
+        capsys.readouterr().out,
+    )
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_process_of_another_machine_that_is_gone(tmp_path: Path, named: bool) -> None:
+    path = lock_of(other_machine(), tmp_path)
+    if not named:
+        path.write_text('{"host"')  # killed while it wrote
+    os.utime(path, (0, 0))
     with lock.held(tmp_path) as note:
-        assert "on node7 since" in note
-        assert note.endswith("which gave no sign of life for 5 minutes")
+        who = "process 1 on node7 since" if named else "a start that left no name"
+        assert who in note
+        assert note.endswith("which is gone")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_is_being_written(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text('{"host"')
-    with pytest.raises(UserError, match="in use by a start that left no name"):
-        lock.check_free(tmp_path)
+def test_a_process_of_another_machine_that_ends(tmp_path: Path) -> None:
+    path = lock_of(other_machine(), tmp_path)
+    end = threading.Timer(0.5, path.unlink)
+    end.start()
+    with lock.held(tmp_path):
+        end.join()
+        assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_ranks_of_one_launch_do_not_refuse_each_other(
