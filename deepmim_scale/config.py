@@ -12,14 +12,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from deepmim_scale.errors import UserError
 
@@ -51,6 +44,7 @@ def _taps_from_words(words: list[str]) -> tuple[int, ...]:
         raise ValueError(f"taps={text}: {_TAPS_RULE}") from None
 
 
+FromStep = Annotated[str, tyro.conf.arg(name="from")]
 Taps = Annotated[
     tuple[int, ...],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -73,15 +67,6 @@ def _divides(key: str, value: int, name: str, divisor: int) -> None:
     near = f"{below} or {below + divisor}" if below else str(divisor)
     rule = f"must be divisible by {name}={divisor}; e.g. {near}"
     _require(value % divisor == 0, key, value, rule)
-
-
-def _check_from(value: str) -> str:
-    known = re.fullmatch("((step_)?[0-9]{1,8}|latest)?", value)
-    _require(known is not None, "from", value, "must be latest or a step, as step_00000800 or 800")
-    return value
-
-
-FromStep = Annotated[str, AfterValidator(_check_from), tyro.conf.arg(name="from")]
 
 
 class FrozenConfig(BaseModel):
@@ -416,11 +401,13 @@ class RunConfig(FrozenConfig):
             True,
             "dib_w queues weight gradients in Python; use schedule dib",
         )
-        if self.keep_every:
-            _require(
-                self.save_every > 0, "keep_every", self.keep_every, "save_every=0 saves nothing"
-            )
-            _divides("keep_every", self.keep_every, "save_every", self.save_every)
+        every = self.save_every
+        _require(
+            not self.keep_every or (every > 0 and self.keep_every % every == 0),
+            "keep_every",
+            self.keep_every,
+            f"must be a multiple of save_every={every}; change one of the two",
+        )
         alphas = self.model.hybrid_alphas
         _require(
             bool(self.hybrid) or not alphas,

@@ -20,6 +20,7 @@ STARTS = "starts.jsonl"
 LOCK = "lock.json"
 CHECKPOINTS = "checkpoints"
 _STEP = re.compile("step_([0-9]{8})")
+_FROM = re.compile("(step_)?([0-9]{1,8})")
 # Fields of RunConfig that are paths, always or sometimes.
 _PATHS = ("data", "output", "deepspeed_config", "hybrid", "teacher_weights")
 _LOCAL_TEACHER = "local-dir:"
@@ -44,7 +45,10 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 def named_checkpoint(run: str | Path, from_step: str) -> Path:
     """The checkpoint that `--from` names as step_00000800 or 800; UserError if there is none."""
-    folder = step_folder(run, int(from_step.removeprefix("step_")))
+    found = _FROM.fullmatch(from_step)
+    if found is None:
+        raise UserError(f"from={from_step}: must be latest or a step, as step_00000800 or 800")
+    folder = step_folder(run, int(found[2]))
     if not folder.is_dir():
         steps = ", ".join(str(step_of(folder)) for folder in list_checkpoints(run))
         raise UserError(

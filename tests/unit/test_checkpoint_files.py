@@ -229,8 +229,9 @@ def test_choose_a_checkpoint(tmp_path: Path) -> None:
 def test_a_word_that_names_no_checkpoint(
     word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write(tmp_path, 1)
     with pytest.raises(SystemExit) as stop:
-        main(["verify", str(write(tmp_path, 1)), f"--from={word}"])
+        main(["verify", str(tmp_path), f"--from={word}"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         f"error: from={word}: must be latest or a step, as step_00000800 or 800\n"

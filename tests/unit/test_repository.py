@@ -97,7 +97,7 @@ def test_folders_that_must_not_be_packages() -> None:
 def test_files_are_short() -> None:
     files = [*SOURCES, *(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     lengths = {path: len(path.read_text().splitlines()) for path in files}
-    long = {path.name: length for path, length in lengths.items() if length > 430}
+    long = {path.name: length for path, length in lengths.items() if length > 445}
     assert not long
     assert sorted(lengths.values())[len(lengths) // 2] < 200
 

@@ -166,12 +166,20 @@ def test_from_needs_that_checkpoint(tmp_path: Path) -> None:
     assert load_run_config(tmp_path).from_step == ""
 
 
-@pytest.mark.parametrize(("every", "rule"), [(1500, "divisible by save_every=1000"), (-1, "neg")])
-def test_checkpoints_that_would_not_be_written_cannot_be_kept(every: int, rule: str) -> None:
-    with pytest.raises(UserError, match=rule):
-        validated(lambda: RunConfig(save_every=1000, keep_every=every))
-    with pytest.raises(UserError, match="save_every=0 saves nothing"):
-        validated(lambda: RunConfig(save_every=0, keep_every=1000))
+@pytest.mark.parametrize(
+    ("save", "keep", "rule"),
+    [
+        (1000, 1500, "multiple of save_every=1000"),
+        (0, 1000, "multiple of save_every=0"),
+        (1000, -1000, "must not be negative"),
+    ],
+)
+def test_checkpoints_that_would_not_be_written_cannot_be_kept(
+    save: int, keep: int, rule: str
+) -> None:
+    with pytest.raises(UserError, match=rf"keep_every={keep}: .*{rule}"):
+        validated(lambda: RunConfig(save_every=save, keep_every=keep))
+    assert RunConfig(save_every=1000, keep_every=3000).keep_every == 3000
 
 
 def test_later_steps_are_set_aside(tmp_path: Path) -> None:
