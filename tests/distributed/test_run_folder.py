@@ -69,7 +69,7 @@ class Started:
 
     def end(self) -> list[int]:
         """Exit codes, once all have ended."""
-        return [process.wait(120) for process in self.processes]
+        return [process.wait(300) for process in self.processes]
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> list[int]:
         """End all processes."""
@@ -79,7 +79,7 @@ class Started:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Return when `condition` holds."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert all(process.poll() is None for process in self.processes), self.said
             assert time.monotonic() < deadline, self.said
