@@ -51,7 +51,9 @@ def _flags(config_class: type[FrozenConfig]) -> dict[str, bool]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenConfig):
             flags |= _flags(field.annotation)
         else:
-            word = name.replace("_", "-")
+            # Some flags have another name than their field, such as --from and --json.
+            names = [getattr(entry, "name", None) for entry in field.metadata]
+            word = next(filter(None, names), name).replace("_", "-")
             flags |= {f"--{word}": field.annotation is bool}
             flags |= {f"--no-{word}": True} if field.annotation is bool else {}
     return flags
@@ -199,17 +201,13 @@ def is_main_process() -> bool:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; a UserError becomes one line on stderr and exit code 2."""
+    """Run a command; a UserError (exit code 2) or RunFailure (1) becomes one line on stderr."""
     try:
         command()
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunFailure as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -46,6 +46,7 @@ def _taps_from_words(words: list[str]) -> tuple[int, ...]:
         raise ValueError(f"taps={text}: {_TAPS_RULE}") from None
 
 
+FromStep = Annotated[str, tyro.conf.arg(name="from")]
 Taps = Annotated[
     tuple[int, ...],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -328,11 +329,15 @@ class RunConfig(FrozenConfig):
     """Steps between checkpoints, and one after the last step; 0 never."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints after every so many steps are kept for good; 0 keeps the newest only."""
     print_every: PositiveInt = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"
     """auto: go on where this run stopped; never: only in an empty folder; required: fail unless
     there is a run to resume."""
+    from_step: FromStep = ""
+    """Go on from this checkpoint, as step_00000800, 800 or latest; later ones are set aside."""
     profile: bool = False
     """Write a torch.profiler trace of steps 11 to 13 to the run's folder."""
 
@@ -353,6 +358,13 @@ class RunConfig(FrozenConfig):
     def _check(self) -> RunConfig:
         rule = "images are read as RGB; leave it at 3"
         require(self.model.in_chans == 3, "in_chans", self.model.in_chans, rule)
+        every = self.save_every
+        require(
+            not self.keep_every or (every > 0 and self.keep_every % every == 0),
+            "keep_every",
+            self.keep_every,
+            f"must be a multiple of save_every={every}; change one of the two",
+        )
         return self
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from deepmim_scale.arguments import writable
+from deepmim_scale.config import FromStep
 from deepmim_scale.errors import UserError
 from deepmim_scale.methods.base import even_taps
 from deepmim_scale.settings import FrozenConfig
@@ -28,7 +29,12 @@ class _Arguments(FrozenConfig):
     """File for the numbers (default: beside the picture, its name with .json)."""
 
 
-class ReconstructArguments(_Arguments):
+class _CheckpointArguments(_Arguments):
+    from_step: FromStep = ""
+    """The checkpoint, as step_00000800 or 800 (default: the newest intact one)."""
+
+
+class ReconstructArguments(_CheckpointArguments):
     """Draw validation images, masked and filled in by each decoder, and print their errors."""
 
     data: str = ""
@@ -39,7 +45,7 @@ class LossesArguments(_Arguments):
     """Draw each decoder's loss over the steps of a run."""
 
 
-class AttentionArguments(_Arguments):
+class AttentionArguments(_CheckpointArguments):
     """Measure and draw how far each head looks, on whole validation images."""
 
     data: str = ""
@@ -48,11 +54,11 @@ class AttentionArguments(_Arguments):
     """How many validation images, spread over the classes."""
 
 
-class CkaArguments(_Arguments):
+class CkaArguments(_CheckpointArguments):
     """Compare the representations of all blocks by linear CKA, on whole validation images."""
 
     run2: str = ""
-    """Another run, whose blocks are compared with RUN's (default: RUN's with each other)."""
+    """Another run, at its newest checkpoint (default: RUN's blocks with each other)."""
     data: str = ""
     """Image folder with a validation part (default: the run's)."""
     images: int = 256
@@ -74,7 +80,7 @@ def run_reconstruct(arguments: ReconstructArguments) -> None:
     from deepmim_scale.analysis import reconstruct
     from deepmim_scale.evaluate.features import load_model
 
-    model = load_model(arguments.run)
+    model = load_model(arguments.run, arguments.from_step)
     manifest, batches = reconstruct.validation(config, arguments.data or config.data)
     errors = reconstruct.validation_errors(model, batches)
     guess, meaning = reconstruct.GUESSES[config.model.norm_pix]
@@ -121,7 +127,8 @@ def run_attention(arguments: AttentionArguments) -> None:
     from deepmim_scale.evaluate.features import load_model
 
     manifest = evenly_spaced(open_validation(arguments.data or config.data), arguments.images)
-    blocks = attention.measure(load_model(arguments.run), whole_images(config, manifest))
+    model = load_model(arguments.run, arguments.from_step)
+    blocks = attention.measure(model, whole_images(config, manifest))
     uniform = attention.patch_distances(config.model.grid_size).mean().item()
     print(f"attention of {len(manifest)} validation images; distances in patches")
     for block in blocks:
@@ -141,6 +148,9 @@ def run_cka(arguments: CkaArguments) -> None:
     from deepmim_scale.runs.folder import load_run_config
 
     runs = (arguments.run, arguments.run2 or arguments.run)
+    # RUN may be given twice, to compare one of its checkpoints with its newest one.
+    from_steps = (arguments.from_step, "" if arguments.run2 else arguments.from_step)
+    sides = list(zip(runs, from_steps, strict=True))
     configs = [load_run_config(run) for run in runs]
     _check_images(arguments.images)
     picture, json_file = _outputs(arguments, "cka")
@@ -153,10 +163,10 @@ def run_cka(arguments: CkaArguments) -> None:
     if len(manifest) < cka.FEWEST:
         raise UserError(f"data={data}: {len(manifest)} validation images; cka needs {cka.FEWEST}")
     features = {
-        run: cka.block_features(load_model(run), whole_images(config, manifest))
-        for run, config in zip(runs, configs, strict=True)
+        side: cka.block_features(load_model(*side), whole_images(config, manifest))
+        for side, config in zip(sides, configs, strict=True)
     }
-    table = cka.cka(features[runs[0]], features[runs[1]])
+    table = cka.cka(features[sides[0]], features[sides[1]])
     print(f"linear CKA of blocks (rows: {runs[0]}, columns: {runs[1]}), {len(manifest)} images")
     rows, columns = (even_taps(size, min(size, SHOWN)) for size in table.shape)
     print("         " + " ".join(f"{block:5d}" for block in columns))

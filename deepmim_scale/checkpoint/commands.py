@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from deepmim_scale.arguments import writable
+from deepmim_scale.config import FromStep
 from deepmim_scale.errors import UserError
 from deepmim_scale.settings import FrozenConfig
 
@@ -17,23 +18,27 @@ class VerifyArguments(FrozenConfig):
 
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, or one of its checkpoints/step_* folders."""
+    from_step: FromStep = ""
+    """Only this checkpoint of the run, as step_00000800, 800 or latest."""
 
 
 def run(arguments: VerifyArguments) -> None:
-    """Print a line per checkpoint; UserError at the end if any is damaged."""
+    """Print a line per checkpoint; RunFailure at the end if any is damaged."""
     from deepmim_scale.checkpoint.files import verify
 
-    for line in verify(arguments.checkpoint):
+    for line in verify(arguments.checkpoint, arguments.from_step):
         print(line)
 
 
 class ExportArguments(FrozenConfig):
-    """Write a run's newest weights for timm, Hugging Face transformers, or the official code."""
+    """Write a run's weights for timm, Hugging Face transformers, or the official code."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run."""
     output: str
     """New .safetensors file; for hf FOLDER/model.safetensors, with config.json beside it."""
+    from_step: FromStep = ""
+    """The checkpoint, as step_00000800 or 800 (default: the newest intact one)."""
     format: Literal["timm", "hf", "mae"] = "timm"
     """timm: encoder; hf: encoder, for MAE also the decoder; mae: everything, official names."""
 
@@ -59,5 +64,5 @@ def run_export(arguments: ExportArguments) -> None:
     writable("output", output)
     from deepmim_scale.checkpoint.export import export
 
-    for line in export(arguments.run, arguments.format, output):
+    for line in export(arguments.run, arguments.format, output, arguments.from_step):
         print(line)

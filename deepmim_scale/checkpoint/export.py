@@ -21,6 +21,7 @@ from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models import Model, build_model
 from deepmim_scale.objectives import objective_of
 from deepmim_scale.runs.folder import load_run_config
+from deepmim_scale.runs.state import read_state
 
 # The method whose decoder transformers has, as ViTMAE.
 VIT_MAE = "mae"
@@ -152,14 +153,14 @@ def how_to_load(config: ModelConfig, layout: str, output: Path) -> str:
     return f"transformers.ViTModel.from_pretrained('{output.parent}', add_pooling_layer=False)"
 
 
-def export(run: str, layout: str, output: Path) -> list[str]:
-    """Write the newest checkpoint of `run` as one safetensors file, for hf with config.json.
+def export(run: str, layout: str, output: Path, from_step: str = "") -> list[str]:
+    """Write a checkpoint of `run` as one safetensors file, for hf with config.json; "" is newest.
 
     Returns what to tell the user, line by line.
     """
     config = load_run_config(run)
-    folder = files.resolve(run)
-    step = files.read_state(folder)["step"]
+    folder = files.resolve(run, from_step)
+    step = read_state(folder).step
     model = build_model(config.model, seed=config.seed)
     load_weights(folder, model)
     tensors = TENSORS[layout](model)

@@ -2,33 +2,35 @@
 
 RUN/checkpoints/step_00000800/ holds weights_stage00.safetensors and optimizer_stage00.safetensors
 for each stage, and state.json with the step, the run's numbers and the digest of every file.
-Tensors carry global names (blocks.17..., decoders.block06...), so any other number of stages reads
-them. A folder without state.json was never finished: it keeps its `.part` name.
+state.json.sha256 holds the digest of state.json, so that no byte is without one. Tensors carry
+global names (blocks.17..., decoders.block06...), so any other number of stages reads them. A folder
+without state.json was never finished: it keeps its `.part` name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.runs.folder import (
+    CHECKPOINTS,
+    list_checkpoints,
+    named_checkpoint,
+    step_of,
+)
+from deepmim_scale.runs.state import STATE, CheckpointState, describe_problem, read_state
+from deepmim_scale.settings import pluralize
 
-FORMAT = 1
-STATE = "state.json"
-
-
-def step_folder(run: str | Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return Path(run) / "checkpoints" / f"step_{step:08d}"
+DIGEST = f"{STATE}.sha256"
 
 
 def part_folder(final: Path) -> Path:
@@ -37,10 +39,17 @@ def part_folder(final: Path) -> Path:
 
 
 def begin_checkpoint(final: Path) -> None:
-    """Make an empty part folder; leftovers of a killed save are removed."""
+    """Make an empty part folder in a run's folder; leftovers of a killed save are removed."""
     part = part_folder(final)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    drop_part(final)
+    # Not its parents: a run's folder that vanished is told, not made again.
+    part.parent.mkdir(exist_ok=True)
+    part.mkdir()
+
+
+def drop_part(final: Path) -> None:
+    """Remove what an unfinished save has left."""
+    shutil.rmtree(part_folder(final), ignore_errors=True)
 
 
 def write_tensors(
@@ -52,45 +61,56 @@ def write_tensors(
     return _digest(path)
 
 
-def commit_checkpoint(final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
-    """Write state.json with its files' digests, then rename the part folder to its final name."""
+def commit_checkpoint(final: Path, state: CheckpointState) -> None:
+    """Write state.json and its digest, then rename the part folder to its final name."""
     part = part_folder(final)
-    content = {"format": FORMAT, **state, "sha256": digests}
-    (part / STATE).write_text(json.dumps(content, indent=1) + "\n")
-    _sync(part / STATE)
-    _sync(part)
+    (part / STATE).write_text(state.model_dump_json(indent=1) + "\n")
+    (part / DIGEST).write_bytes(_digest_line(part))
+    for path in (part / STATE, part / DIGEST, part):
+        _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     _sync(final.parent)
 
 
-def prune(run: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+def prune(run: str | Path, keep: int, every: int = 0) -> None:
+    """Delete all checkpoints but the newest `keep` and those at multiples of `every` steps."""
     for folder in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
-
-
-def list_checkpoints(run: str | Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    return sorted(
-        folder for folder in (Path(run) / "checkpoints").glob("step_????????") if folder.is_dir()
-    )
+        step = step_of(folder)
+        assert step is not None, "list_checkpoints gives folders of steps"
+        if not every or step % every:
+            shutil.rmtree(folder)
 
 
 def integrity_error(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if every digest agrees."""
+    """What is wrong with a checkpoint, naming the file; None if every digest agrees.
+
+    UserError for a checkpoint of a newer format.
+    """
+    digest_file = folder / DIGEST
     try:
-        state = json.loads((folder / STATE).read_text())
-        digests = state["sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{folder / STATE}: unreadable ({type(error).__name__})"
-    for name, digest in digests.items():
+        if digest_file.is_file() and digest_file.read_bytes() != _digest_line(folder):
+            return f"{folder / STATE}: damaged (SHA-256 differs from {DIGEST})"
+        state = read_state(folder)
+    except RunFailure as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder / STATE}: {describe_problem(error)}"
+    # Only the first format had no digest of state.json.
+    if state.format > 1 and not digest_file.is_file():
+        return f"{digest_file}: missing"
+    for name, digest in state.sha256.items():
         file = folder / name
         if not file.is_file():
             return f"{file}: missing"
         if _digest(file) != digest:
             return f"{file}: damaged (SHA-256 differs from {STATE})"
     return None
+
+
+def _digest_line(folder: Path) -> bytes:
+    """The whole content of a state's digest file, as `sha256sum -c` reads it."""
+    return f"{_digest(folder / STATE)}  {STATE}\n".encode()
 
 
 def latest_intact(run: str | Path) -> tuple[Path | None, list[str]]:
@@ -104,21 +124,37 @@ def latest_intact(run: str | Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def resolve(path: str | Path) -> Path:
-    """A checkpoint folder from itself or from its run (then the newest intact one)."""
+def resolve(path: str | Path, from_step: str = "") -> Path:
+    """The intact checkpoint that a run and `--from` name, or a checkpoint's own folder.
+
+    Without a step it is the newest intact one, with a warning for each damaged one. UserError if
+    there is none of that name, RunFailure if it is damaged.
+    """
     path = Path(path)
-    if (path / STATE).is_file():
-        return path
+    named = _named(path, from_step)
+    if named is not None:
+        found = integrity_error(named)
+        if found:
+            raise RunFailure(f"{found}; choose another checkpoint with --from")
+        return named
     folder, problems = latest_intact(path)
+    if folder is None and problems:
+        raise RunFailure(f"{path}: no checkpoint is intact ({problems[0]}); train again")
     if folder is None:
-        found = problems[0] if problems else f"no checkpoints/step_* in {path}"
-        raise UserError(f"{path}: no usable checkpoint ({found})")
+        raise UserError(f"{path}: no checkpoints/step_* in it; give the folder of a run that saved")
+    for problem in problems:
+        print(f"warning: {problem}; using {folder.name}", file=sys.stderr)
     return folder
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The content of state.json."""
-    return json.loads((folder / STATE).read_text())
+def _named(path: Path, from_step: str) -> Path | None:
+    """The one checkpoint that a command line names; None if it names a whole run."""
+    is_checkpoint = path.is_dir() and (step_of(path) is not None or (path / STATE).is_file())
+    if is_checkpoint and from_step:
+        raise UserError(f"from={from_step}: {path} is one checkpoint; give its run's folder")
+    if is_checkpoint:
+        return path
+    return named_checkpoint(path, from_step) if from_step not in ("", "latest") else None
 
 
 def read_tensors(folder: Path, kind: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -138,22 +174,26 @@ def read_tensors(folder: Path, kind: str, names: Iterable[str] | None = None) ->
     return result
 
 
-def verify(path: str | Path) -> Iterator[str]:
-    """A line on the checkpoint or on each of a run's; at the end UserError if any is damaged."""
+def verify(path: str | Path, from_step: str = "") -> Iterator[str]:
+    """A line on the checkpoint or on each of a run's; at the end RunFailure if one is damaged."""
     path = Path(path)
-    run = path.parent if path.name == "checkpoints" else path
-    folders = [path] if (path / STATE).is_file() else list_checkpoints(run)
+    run = path.parent if path.name == CHECKPOINTS else path
+    named = _named(run, from_step)
+    folders = list_checkpoints(run) if named is None else [named]
+    if from_step:
+        folders = folders[-1:]
     if not folders:
         raise UserError(f"{path}: no checkpoint; give a run or a checkpoints/step_* folder")
     damaged = 0
     for folder in folders:
         found = integrity_error(folder)
         damaged += found is not None
-        yield found or f"{folder}: intact, step {read_state(folder)['step']}"
+        yield found or f"{folder}: intact, step {read_state(folder).step}"
     if damaged:
-        raise UserError(
-            f"{path}: {damaged} of {len(folders)} checkpoints damaged; delete what is damaged, a "
-            "run goes on from its newest intact checkpoint or, if none is left, from the start"
+        raise RunFailure(
+            f"{path}: {damaged} of {pluralize(len(folders), 'checkpoint')} damaged; delete what is "
+            "damaged, a run goes on from its newest intact checkpoint or, if none is left, from "
+            "the start"
         )
 
 

@@ -23,11 +23,11 @@ def fresh(config: RunConfig) -> Model:
     return build_model(config.model, seed=config.seed)
 
 
-def trained(run: str) -> Model:
-    """The whole model of a run with the weights of its newest checkpoint."""
+def trained(run: str, from_step: str = "") -> Model:
+    """The whole model of a run with the weights of a checkpoint (default: the newest)."""
     from deepmim_scale.checkpoint.files import resolve
     from deepmim_scale.checkpoint.save import load_weights
 
     model = fresh(load_run_config(run))
-    load_weights(resolve(run), model)
+    load_weights(resolve(run, from_step), model)
     return model.eval()

@@ -2,45 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 from deepmim_scale.checkpoint import files
+from deepmim_scale.errors import RunFailure
+from deepmim_scale.objectives import Objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.stages import global_parameters
+from deepmim_scale.runs.folder import step_folder, write_failure
+from deepmim_scale.runs.state import CheckpointState, read_state
 
 
 def save_checkpoint(
-    run: str, step: int, engine: zero.Engine, *, stage: int, replica: int, state: dict[str, Any]
+    run: str,
+    engine: zero.Engine,
+    objective: Objective,
+    *,
+    stage: int,
+    writes: bool,
+    state: CheckpointState,
 ) -> Path:
-    """Write the checkpoint of `step`; every rank calls it, replica 0 of each stage writes."""
-    final, writes = files.step_folder(run, step), replica == 0
-    if dist.get_rank() == 0:
-        files.begin_checkpoint(final)
+    """Write the checkpoint of `state.step`; every rank calls it, one of each stage `writes`.
+
+    RunFailure on every rank if one of them cannot write; older checkpoints stay as they are.
+    """
+    final, is_main = step_folder(run, state.step), dist.get_rank() == 0
     moments = zero.optimizer_state(engine, keep=writes)
     weights = zero.master_weights(engine, keep=writes)
-    dist.barrier()
-    digests: dict[str, str] = {}
     if writes:
         # Decoders of one stage share their frozen position table: it is stored once.
         for name, parameter in global_parameters(engine.module).items():
             if not parameter.requires_grad:
                 weights[name] = parameter.detach().float().cpu()
-        for kind, tensors in (("weights", weights), ("optimizer", moments)):
+
+    def write_files() -> dict[str, str]:
+        digests = {}
+        kinds = {"weights": weights, "optimizer": moments, "objective": objective.state()}
+        for kind, tensors in kinds.items():
+            if not writes or not tensors:
+                continue
             file = files.part_folder(final) / f"{kind}_stage{stage:02d}.safetensors"
             digests[file.name] = files.write_tensors(file, tensors)
-    # From those who wrote: a network's file system may show rank 0 their files later.
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, digests)
-    if dist.get_rank() == 0:
-        content = {"step": step, **state, "loss_scaler": zero.scaler_state(engine)}
-        whole = {name: digest for part in everyone for name, digest in part.items()}
-        files.commit_checkpoint(final, content, dict(sorted(whole.items())))
-    dist.barrier()
+        return digests
+
+    try:
+        _together(run, lambda: files.begin_checkpoint(final) if is_main else None)
+        # From those who wrote: a network's file system may show rank 0 their files later.
+        everyone = _together(run, write_files)
+        whole = dict(sorted(entry for part in everyone for entry in part.items()))
+        update = {"loss_scaler": zero.scaler_state(engine), "sha256": whole}
+        content = CheckpointState(**(dict(state) | update))
+        _together(run, lambda: files.commit_checkpoint(final, content) if is_main else None)
+    except RunFailure:
+        if is_main:
+            files.drop_part(final)
+        raise
     return final
+
+
+def _together(run: str, write: Callable[[], Any]) -> list[Any]:
+    """What `write` gave on each rank; RunFailure on all of them if one could not write."""
+    mine: tuple[Any, str] = (None, "")
+    try:
+        mine = (write(), "")
+    except OSError as error:
+        mine = (None, error.strerror or str(error))
+    except SafetensorError as error:  # what safetensors makes of an OSError
+        mine = (None, str(error))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    reasons = [reason for _, reason in everyone if reason]
+    if reasons:
+        raise write_failure(run, reasons[0])
+    return [result for result, _ in everyone]
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:
@@ -61,8 +101,15 @@ def load_optimizer(folder: Path, engine: zero.Engine) -> None:
     """Restore AdamW's state and the loss scale into a fresh engine of any replica count."""
     names = [n for n, p in global_parameters(engine.module).items() if p.requires_grad]
     keys = [f"{moment}/{name}" for name in names for moment in zero.MOMENTS]
-    state = files.read_state(folder)
+    state = read_state(folder)
     moments = files.read_tensors(folder, "optimizer", keys)
     zero.load_master_weights(engine, files.read_tensors(folder, "weights", names))
-    zero.load_optimizer_state(engine, moments, state["updates"])
-    zero.load_scaler_state(engine, state["loss_scaler"])
+    zero.load_optimizer_state(engine, moments, state.updates)
+    zero.load_scaler_state(engine, state.loss_scaler)
+
+
+def load_objective(folder: Path, objective: Objective) -> None:
+    """Restore what an objective has learned; frozen teachers have nothing to restore."""
+    names = objective.state()
+    if names:
+        objective.load_state(files.read_tensors(folder, "objective", names))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from deepmim_scale.arguments import writable
+from deepmim_scale.config import FromStep
 from deepmim_scale.errors import UserError
 from deepmim_scale.settings import FrozenConfig
 
@@ -25,6 +26,8 @@ class DigitsArguments(FrozenConfig):
 
     run: tyro.conf.Positional[str]
     """Folder of a run with 32-pixel input."""
+    from_step: FromStep = ""
+    """The checkpoint, as step_00000800 or 800 (default: the newest intact one)."""
     json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
     """File for the table (default RUN/digits.json)."""
 
@@ -34,6 +37,8 @@ class FolderArguments(FrozenConfig):
 
     run: tyro.conf.Positional[str]
     """Folder of a run."""
+    from_step: FromStep = ""
+    """The checkpoint, as step_00000800 or 800 (default: the newest intact one)."""
     data: str = ""
     """Folder with train/<class> and val/<class> (default: the run's)."""
     pool: tuple[Literal["class", "mean", "2x2"], ...] = ("class", "mean", "2x2")
@@ -61,7 +66,7 @@ def run_digits(arguments: DigitsArguments) -> None:
     output = writable("json", arguments.json_file or Path(arguments.run) / "digits.json")
     from deepmim_scale.evaluate.digits import NUM_DRAWS, NUM_LABELS, probe_run, table
 
-    rows = probe_run(arguments.run)
+    rows = probe_run(arguments.run, arguments.from_step)
     print(f"digits, {NUM_LABELS} labels, {NUM_DRAWS} draws, accuracy in % (mean +- std)")
     print(table(rows))
     for encoder, title in (("-", "raw pixels"), ("untrained", "untrained"), ("trained", "trained")):
@@ -121,7 +126,7 @@ def _probe(
     given = ", ".join(f"{key} {value}" for key, value in settings.items())
     sizes = f"{len(classes.labels)} training and {len(classes.expected)} validation images"
     print(f"{given}; {sizes}, {max(classes.labels) + 1} classes; accuracy in %")
-    accuracies = probe_folder(arguments.run, classes, probe, arguments.pool)
+    accuracies = probe_folder(arguments.run, classes, probe, arguments.pool, arguments.from_step)
     print(table(accuracies, arguments.pool))
     print(f"raw pixels: {100 * accuracies[PIXELS]:.1f}; largest class: {100 * classes.largest:.1f}")
     if arguments.json_file:

@@ -42,9 +42,9 @@ def probe_rows(key: Key, features: np.ndarray, labels: np.ndarray) -> list[Probe
     return rows
 
 
-def probe_run(run: str) -> list[ProbeScore]:
+def probe_run(run: str, from_step: str = "") -> list[ProbeScore]:
     """The whole table of a run: raw pixels, untrained and trained encoder, per tapped block."""
-    trained = load_model(run)
+    trained = load_model(run, from_step)
     if trained.config.img_size != 32:
         raise UserError(f"run={run}: img_size is {trained.config.img_size}; digits are 32 px")
     pixels, labels = load_digits_probe()

@@ -30,9 +30,9 @@ class Key(NamedTuple):
 PIXELS = Key("-", "raw pixels", "-")
 
 
-def load_model(run: str | Path) -> Model:
-    """The whole model of a run with the weights of its newest checkpoint."""
-    return networks.trained(str(run))
+def load_model(run: str | Path, from_step: str = "") -> Model:
+    """The whole model of a run with the weights of a checkpoint (default: the newest)."""
+    return networks.trained(str(run), from_step)
 
 
 def untrained_model(run: str | Path) -> Model:

@@ -48,11 +48,11 @@ def features_of(
 
 
 def probe_folder(
-    run: str, classes: Classes, probe: Probe, pools: Sequence[str]
+    run: str, classes: Classes, probe: Probe, pools: Sequence[str], from_step: str = ""
 ) -> dict[Key, float]:
     """Accuracy of `probe` for pixels and for every encoder, tapped block and pooling."""
     config = load_run_config(run)
-    models = {"untrained": untrained_model(run), "trained": load_model(run)}
+    models = {"untrained": untrained_model(run), "trained": load_model(run, from_step)}
     train = features_of(models, config, classes.train, pools)
     test = features_of(models, config, classes.val, pools)
     keys = tqdm(train, unit="probe", desc="probes", disable=None)

@@ -1,99 +1,87 @@
-"""The folder of a run: what is in it, and whether a command may go on in it. Imports no torch."""
+"""The folder of a run: what is in it, and how it is read and written. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from deepmim_scale.arguments import read_json, writable
 from deepmim_scale.config import RunConfig
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure, UserError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-# Changing these does not change what is trained.
-_FREE = frozenset(
-    {
-        "preset",
-        "data",
-        "output",
-        "deepspeed_config",
-        "microbatch_size",
-        "microbatches",
-        "stages",
-        "schedule",
-        "placement",
-        "layout",
-        "reschedule_after",
-        "recompute",
-        "reduction",
-        "kernels",
-        "compile",
-        "timeout",
-        "loader",
-        "decode",
-        "loader_threads",
-        "prefetch",
-        "feed",
-        "check_feed",
-        "validate_every",
-        "save_every",
-        "keep_checkpoints",
-        "print_every",
-        "resume",
-        "profile",
-    }
-)
-# But these cut the model, and where no gradient crosses a cut it matters where that is.
-_CUT = frozenset({"stages", "placement", "layout"})
+STARTS = "starts.jsonl"
+LOCK = "lock.json"
+CHECKPOINTS = "checkpoints"
+_STEP = re.compile("step_([0-9]{8})")
+_FROM = re.compile("(step_)?([0-9]{1,8})")
+# Fields of RunConfig that are paths.
+_PATHS = ("data", "output", "deepspeed_config", "schedule_file", "cache")
+_LOCAL_TEACHER = "local-dir:"
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    free = _FREE - _CUT if config["gradient_flow"] == "local" else _FREE
-    values = {key: value for key, value in config.items() if key not in free and key != "model"}
-    return values | config["model"]
+def step_folder(run: str | Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return Path(run) / CHECKPOINTS / f"step_{step:08d}"
 
 
-def check_output(config: RunConfig) -> bool:
-    """Whether the run's folder holds this very run; UserError if it holds something else."""
-    folder = Path(config.output)
-    saved = folder / CONFIG
-    if not saved.is_file() or not _has_begun(folder):
-        if folder.exists() and not saved.is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise UserError(f"output={folder}: holds other files; choose an empty folder")
-        if config.resume == "required":
-            raise UserError(f"resume=required: {folder} holds no run; check --output")
-        return False
-    if config.resume == "never":
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other name."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    folders = (Path(run) / CHECKPOINTS).glob("step_*")
+    return sorted(folder for folder in folders if step_of(folder) is not None and folder.is_dir())
+
+
+def named_checkpoint(run: str | Path, from_step: str) -> Path:
+    """The checkpoint that `--from` names as step_00000800 or 800; UserError if there is none."""
+    found = _FROM.fullmatch(from_step)
+    if found is None:
+        raise UserError(f"from={from_step}: must be latest or a step, as step_00000800 or 800")
+    folder = step_folder(run, int(found[2]))
+    if not folder.is_dir():
+        steps = ", ".join(str(step_of(folder)) for folder in list_checkpoints(run))
         raise UserError(
-            f"output={folder}: holds a run; delete it or choose another --output, "
-            "or go on with --resume auto"
+            f"from={from_step}: {run} has no checkpoint of that step; "
+            f"{f'choose one of {steps}' if steps else 'it has none at all'}"
         )
-    ours, theirs = _flat(config.model_dump(mode="json")), _flat(read_json(str(saved)))
-    different = [
-        f"{key} {theirs.get(key)} -> {value}"
-        for key, value in ours.items()
-        if theirs.get(key) != value
-    ]
-    if different:
-        raise UserError(
-            f"output={folder}: holds another run ({'; '.join(different[:3])}); "
-            "choose another --output"
-        )
-    return True
-
-
-def _has_begun(folder: Path) -> bool:
-    """Whether a run took a step; one that did not may be replaced."""
-    metrics = folder / METRICS
-    return (folder / "checkpoints").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
+    return folder
 
 
 def write_config(config: RunConfig) -> None:
-    """Save the resolved configuration; `--config FILE` takes it back."""
+    """Save the resolved configuration; `--config FILE` takes it back, from any folder."""
     path = writable("output", Path(config.output) / CONFIG)
-    path.write_text(config.model_dump_json(indent=1) + "\n")
+    content = with_paths(config.model_dump(mode="json"), os.path.abspath)
+    # Where one start went on says nothing about the next.
+    del content["from_step"]
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def with_paths(config: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A run's configuration with `change` applied to every path in it."""
+    result = dict(config)
+    for key in _PATHS:
+        if config.get(key):
+            result[key] = change(config[key])
+    weights = config["teacher_weights"]
+    if Path(weights).exists():  # else one of open_clip's tags
+        result["teacher_weights"] = change(weights)
+    teacher = config["model"]["teacher"]
+    if teacher.startswith(_LOCAL_TEACHER):
+        teacher = _LOCAL_TEACHER + change(teacher.removeprefix(_LOCAL_TEACHER))
+    elif teacher and Path(teacher).exists():  # else the name of a network
+        teacher = change(teacher)
+    return result | {"model": config["model"] | {"teacher": teacher}}
 
 
 def load_run_config(run: str | Path) -> RunConfig:
@@ -101,10 +89,29 @@ def load_run_config(run: str | Path) -> RunConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise UserError(f"{run}: is no run ({CONFIG} is missing); check the path")
-    return RunConfig.model_validate(read_json(str(path)))
+    content = read_json(str(path))
+    return RunConfig.load(content)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl in order; a last line that a killed run left unfinished is dropped."""
     *lines, _ = (Path(run) / METRICS).read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+@contextlib.contextmanager
+def writing(run: str | Path) -> Iterator[None]:
+    """Turn what ends a write (full disk, vanished folder) into a RunFailure of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(run, error.strerror or str(error)) from None
+
+
+def write_failure(run: str | Path, reason: str) -> RunFailure:
+    """The failure of a write into a run's folder; names the checkpoint that is left."""
+    checkpoints = list_checkpoints(run)
+    left = f"last good checkpoint {checkpoints[-1]}" if checkpoints else "no checkpoint is there"
+    return RunFailure(
+        f"output={run}: cannot be written ({reason}); {left}; make it writable and start again"
+    )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from deepmim_scale.arguments import read_json
+from deepmim_scale.runs.environment import describe_environment
 from deepmim_scale.study.cells import build_cells
 from deepmim_scale.study.settings import RESULTS, StudyArguments, check_folder, resolve
 
@@ -24,7 +25,7 @@ def run_study(arguments: StudyArguments) -> None:
     environment = read_json(str(saved))["environment"] if saved.is_file() else {}
     todo = [] if args.dry_run else runner.unfinished(args, cells)
     if todo:
-        environment = _go_on(environment, runner.environment())
+        environment = _go_on(environment, describe_environment())
         legal = [cell for cell in cells if cell.job]
         print(f"{len(todo)} of {len(legal) * args.repeats} runs to do", flush=True)
         report.write_files(args, report.build_rows(args, cells), environment)

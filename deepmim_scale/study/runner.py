@@ -6,9 +6,7 @@ killed goes on where it stopped.
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import re
 import shutil
 import socket
@@ -16,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -165,36 +162,3 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def environment() -> dict[str, str]:
-    """What figures need to be repeated: device, versions, commit, date."""
-    import torch
-
-    def version_of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
-        "python": platform.python_version(),
-        **{package: version_of(package) for package in ("torch", "deepspeed", "triton")},
-        "commit": git.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return f"{os.cpu_count()} cores, {found[1] if found else platform.machine()}"

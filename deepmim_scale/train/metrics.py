@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.plan.hardware import Gpu, gpu_named, mfu
-from deepmim_scale.runs.folder import METRICS, read_metrics
+from deepmim_scale.runs.folder import METRICS, read_metrics, writing
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -58,24 +59,41 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _print_unless_told_here(error: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread keeps its error, and the next row raises it in ours.
+    if type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)
+
+
 class MetricsWriter:
     """metrics.jsonl (a row per step) and TensorBoard events; rows after `step` are dropped."""
 
     def __init__(self, run: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second of imports: rank 0 only
 
-        path = Path(run) / METRICS
+        self._run, self._path = run, Path(run) / METRICS
+        path = self._path
         kept = [row for row in read_metrics(run) if row["step"] <= step] if path.exists() else []
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.rename(path)
         self._lines = path.open("a")
+        threading.excepthook = _print_unless_told_here
         self._board = SummaryWriter(Path(run) / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers inside dicts get TensorBoard names such as losses/block06."""
-        self._lines.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
-        self._lines.flush()
+        """Append one row; numbers inside dicts get TensorBoard names such as losses/block06.
+
+        RunFailure if the disk is full or the folder is gone.
+        """
+        with writing(self._run):
+            # Writing into a deleted file would succeed, and be lost.
+            self._path.stat()
+            self._lines.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
+            self._lines.flush()
+            self._write_events(row)
+
+    def _write_events(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if isinstance(value, dict):
                 for name, number in value.items():
@@ -85,5 +103,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush both files."""
-        self._lines.close()
-        self._board.close()
+        with writing(self._run):
+            self._lines.close()
+            self._board.close()

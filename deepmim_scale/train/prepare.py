@@ -23,7 +23,8 @@ from deepmim_scale.ds_config import (
 from deepmim_scale.errors import UserError
 from deepmim_scale.objectives import Objective, build_objective, objective_of
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
-from deepmim_scale.runs.folder import check_output
+from deepmim_scale.runs.lock import check_free
+from deepmim_scale.runs.resume import check_output
 from deepmim_scale.settings import pluralize
 
 # The trainer's profiler schedule, in steps.
@@ -68,6 +69,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     pipeline = training_plan(config, batch.microbatches)
     config = config.replace(global_batch=batch.global_batch, microbatches=None)
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
+    check_free(config.output)
     may_resume = check_output(config)
     if not config.data:
         raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from deepmim_scale.arguments import is_main_process, parse_run, run_command
 from deepmim_scale.config import RunConfig
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.runs.lock import held
 from deepmim_scale.train.prepare import PreparedRun, describe, prepare
 
 if TYPE_CHECKING:
@@ -21,8 +23,16 @@ if TYPE_CHECKING:
 def pretrain(config: RunConfig) -> None:
     """Pre-train as `config` says, in the processes that the launcher started."""
     prepared = prepare(config)
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(describe(prepared)), flush=True)
+    is_first = os.environ.get("RANK", "0") == "0"
+    # Taken before anything is written and before the ranks wait for each other.
+    with held(config.output) if is_first else contextlib.nullcontext("") as note:
+        if is_first:
+            lines = [*describe(prepared), *([note] if note else [])]
+            print("\n".join(lines), flush=True)
+        _train(prepared)
+
+
+def _train(prepared: PreparedRun) -> None:
     import torch
     from deepmim_kernels import use_backend
 
@@ -36,12 +46,13 @@ def pretrain(config: RunConfig) -> None:
         trainer = _start(prepared, zero.init_processes(prepared.config.timeout))
         if not trainer.finished:
             trainer.run()
-            trainer.progress.print_main(f"done: {trainer.step} steps, results in {config.output}")
+            trainer.progress.print_main(
+                f"done: {trainer.step} steps, results in {prepared.config.output}"
+            )
         torch.distributed.destroy_process_group()
-    except UserError as error:
-        if (
-            isinstance(error, BadImage) and not is_main_process()
-        ):  # only the rank that decoded it knows
+    except (UserError, RunFailure) as error:
+        # Only the rank that decoded it knows.
+        if isinstance(error, BadImage) and not is_main_process():
             print(f"error: {error}", file=sys.stderr)
         raise
     except BrokenPipeError:  # of our own output, not of a peer
@@ -56,10 +67,13 @@ def _start(prepared: PreparedRun, device: torch.device) -> Trainer:
     trainer = Trainer(prepared, device)
     say = trainer.progress.print_main
     warmup_steps = prepared.config.warmup_epochs * prepared.samples.steps_per_epoch
+    start = trainer.start
+    for warning in start.warnings:
+        say(warning)
     if trainer.finished:
         say(f"finished already: {trainer.step} steps, results in {prepared.config.output}")
-    elif trainer.checkpoint is not None:
-        say(f"resuming after step {trainer.step} from {trainer.checkpoint}")
+    elif start.checkpoint is not None:
+        say(f"resuming after step {trainer.step} from {start.checkpoint}")
     elif trainer.total_steps < warmup_steps:
         say(f"warning: all {trainer.total_steps} steps lie in the warm-up of {warmup_steps:g}")
     return trainer

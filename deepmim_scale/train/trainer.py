@@ -27,11 +27,15 @@ from deepmim_scale.methods import decoder_names, losses_of
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.plan.resolve import training_plan
-from deepmim_scale.runs.folder import CONFIG, write_config
+from deepmim_scale.runs.environment import record_start
+from deepmim_scale.runs.folder import CONFIG, write_config, writing
+from deepmim_scale.runs.resume import set_aside
+from deepmim_scale.runs.state import CheckpointState
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import learning_rate, peak_learning_rate
 from deepmim_scale.train.prepare import PreparedRun
 from deepmim_scale.train.progress import Progress
+from deepmim_scale.train.restore import find_start
 from deepmim_scale.train.runtime import build_runtime
 
 # A run whose every step overflows is lost; stop instead of spinning to the end. A float16 run first
@@ -48,7 +52,7 @@ class Trainer:
         self.config, self.samples = prepared.config, prepared.samples
         self.total_steps = num_steps(prepared.config, self.samples.steps_per_epoch)
         self.progress = Progress(is_main=dist.get_rank() == 0)
-        self.checkpoint = self._find_checkpoint()
+        self.start = find_start(prepared, self.total_steps)
         self.objective = prepared.objective
         runtime = build_runtime(
             prepared.config,
@@ -56,47 +60,11 @@ class Trainer:
             prepared.ds_config,
             device,
             self.objective,
-            self.checkpoint,
+            self.start.checkpoint,
         )
         self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
         self.pp_rank, self.dp_rank = runtime.pp_rank, runtime.dp_rank
-        self.step = self.updates = 0
-        if self.checkpoint is not None:
-            state = files.read_state(self.checkpoint)
-            self.step, self.updates = state["step"], state["updates"]
-
-    def _find_checkpoint(self) -> Path | None:
-        # Digests are read once, by rank 0, and its finding holds for all.
-        found: list[Any] = [None, []]
-        if self.prepared.may_resume and dist.get_rank() == 0:
-            found = list(files.latest_intact(self.config.output))
-        dist.broadcast_object_list(found, src=0)
-        folder, problems = found
-        output = self.config.output
-        if folder is None:
-            if problems:
-                raise UserError(
-                    f"output={output}: no checkpoint is intact ({problems[0]}); delete "
-                    f"{output} to start afresh"
-                )
-            if self.config.resume == "required":
-                raise UserError(f"resume=required: {output} holds no checkpoint; check --output")
-            return None
-        for problem in problems:
-            self.progress.print_main(f"warning: {problem}; using an older checkpoint")
-        state = files.read_state(folder)
-        if state["manifest_sha"] != self.prepared.train.sha:
-            raise UserError(
-                f"data={self.config.data}: is not the data this run began with; "
-                "give the same images or another --output"
-            )
-        precision = precision_of(self.prepared.ds_config)
-        if state["precision"] != precision:
-            raise UserError(
-                f"deepspeed_config={self.config.deepspeed_config}: precision {precision}, but "
-                f"this run began with {state['precision']}; give the same or another --output"
-            )
-        return folder
+        self.step, self.updates = self.start.step, self.start.updates
 
     @property
     def finished(self) -> bool:
@@ -108,8 +76,14 @@ class Trainer:
         config, progress = self.config, self.progress
         writer = None
         if dist.get_rank() == 0:
-            write_config(config)
-            writer = MetricsWriter(config.output, self.step)
+            with writing(config.output):
+                write_config(config)
+                # Before the writer drops the rows that are repeated.
+                note = set_aside(config.output, self.step)
+                record_start(config.output, step=self.step, num_processes=dist.get_world_size())
+                writer = MetricsWriter(config.output, self.step)
+            if note:
+                progress.print_main(note)
         self._check_shared()
         feed = self._feed()
         skipped = 0
@@ -300,25 +274,27 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the oldest ones."""
-        state = {
-            "updates": self.updates,
-            "total_steps": self.total_steps,
-            "global_batch": self.prepared.batch.global_batch,
-            "manifest_sha": self.prepared.train.sha,
-            "precision": precision_of(self.prepared.ds_config),
-            "num_stages": self.config.stages,
-        }
         config = self.config
+        state = CheckpointState(
+            step=self.step,
+            updates=self.updates,
+            total_steps=self.total_steps,
+            global_batch=self.prepared.batch.global_batch,
+            manifest_sha=self.prepared.train.sha,
+            precision=precision_of(self.prepared.ds_config),
+            num_stages=config.stages,
+        )
         save_checkpoint(
             config.output,
-            self.step,
             self.engine,
+            self.objective,
             stage=self.pp_rank,
-            replica=self.dp_rank,
+            writes=self.dp_rank == 0,
             state=state,
         )
         if dist.get_rank() == 0:
-            files.prune(config.output, config.keep_checkpoints)
+            with writing(config.output):
+                files.prune(config.output, config.keep_checkpoints, config.keep_every)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[torch.profiler.profile | None]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deepmim_scale.checkpoint.save import save_checkpoint
 from deepmim_scale.parallel import zero
+from deepmim_scale.runs.state import CheckpointState
 
 MICROBATCHES = 4  # of a step, over all replicas
 
@@ -73,8 +74,17 @@ def run_leg(folder: Path, number: int, case: dict[str, Any], rank: int, port: in
     take_step(pipeline, number)
     moments["saved"] = everything(pipeline)
     done = number + 1
-    place = {"stage": pipeline.rank, "replica": pipeline.replica, "state": {"updates": done}}
-    save_checkpoint(str(folder), done, pipeline.engine, **place)
+    state = CheckpointState(
+        step=done,
+        updates=done,
+        total_steps=done,
+        global_batch=MICROBATCHES,
+        manifest_sha="",
+        precision="fp32",
+        num_stages=case["stages"],
+    )
+    place = {"stage": pipeline.rank, "replica": pipeline.replica}
+    save_checkpoint(str(folder), pipeline.engine, **place, state=state)
     take_step(pipeline, done)
     moments["next"] = everything(pipeline)
     if rank == 0:

@@ -15,7 +15,8 @@ from deepmim_scale.checkpoint import files
 from deepmim_scale.data.samples import PHOTOS, write_samples
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import load_preset
-from deepmim_scale.runs.folder import write_config
+from deepmim_scale.runs.folder import step_folder, write_config
+from deepmim_scale.runs.state import CheckpointState
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +48,20 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             for name, parameter in build_model(config.model).named_parameters()
             if parameter.requires_grad
         }
-        final = files.step_folder(run, 7)
+        final = step_folder(run, 7)
         files.begin_checkpoint(final)
         file = files.part_folder(final) / "weights_stage00.safetensors"
-        files.commit_checkpoint(final, {"step": 7}, {file.name: files.write_tensors(file, weights)})
+        state = CheckpointState(
+            step=7,
+            updates=7,
+            total_steps=7,
+            global_batch=8,
+            manifest_sha="",
+            precision="fp32",
+            num_stages=1,
+            sha256={file.name: files.write_tensors(file, weights)},
+        )
+        files.commit_checkpoint(final, state)
         return run
 
     return make

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deepmim_scale.analysis.commands import (
+    AttentionArguments,
+    CkaArguments,
+    ReconstructArguments,
+)
+from deepmim_scale.arguments import parse
 from deepmim_scale.checkpoint import load_official
+from deepmim_scale.checkpoint.commands import ExportArguments, VerifyArguments
 from deepmim_scale.checkpoint.export import TENSORS, how_to_load
 from deepmim_scale.cli import main
+from deepmim_scale.evaluate.commands import DigitsArguments, KnnArguments, LinearArguments
 from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import PRESETS, load_preset
+from deepmim_scale.runs.folder import step_folder
+from deepmim_scale.settings import FrozenConfig
 
 METHODS = ["debug", "debug_mae", "debug_mirl"]
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
@@ -41,7 +53,13 @@ def last(run: Path, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("preset", METHODS)
-def test_timm(preset: str, finished_run, images: Tensor, tmp_path: Path, capsys) -> None:
+def test_timm(
+    preset: str,
+    finished_run: Callable[[str], Path],
+    images: Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path, expected = tmp_path / "model.safetensors", last(finished_run(preset), images)
     export(finished_run(preset), "timm", path)
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("load it with ")
@@ -103,7 +121,9 @@ def hf_forward(weights: dict[str, Tensor], images: Tensor, num_heads: int, patch
 
 
 @pytest.mark.parametrize("preset", METHODS)
-def test_hf(preset: str, finished_run, images: Tensor, tmp_path: Path) -> None:
+def test_hf(
+    preset: str, finished_run: Callable[[str], Path], images: Tensor, tmp_path: Path
+) -> None:
     weights = export(finished_run(preset), "hf", tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     got = hf_forward(weights, images, config["num_attention_heads"], config["patch_size"])
@@ -135,7 +155,9 @@ def test_hf(preset: str, finished_run, images: Tensor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", METHODS)
-def test_transformers(preset: str, finished_run, images: Tensor, tmp_path: Path) -> None:
+def test_transformers(
+    preset: str, finished_run: Callable[[str], Path], images: Tensor, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     run = finished_run(preset)
     export(run, "hf", tmp_path / "model.safetensors")
@@ -151,7 +173,9 @@ def test_transformers(preset: str, finished_run, images: Tensor, tmp_path: Path)
 
 
 @pytest.mark.parametrize("preset", METHODS)
-def test_official_names_come_back(preset: str, finished_run, tmp_path: Path) -> None:
+def test_official_names_come_back(
+    preset: str, finished_run: Callable[[str], Path], tmp_path: Path
+) -> None:
     weights = export(finished_run(preset), "mae", tmp_path / "model.safetensors")
     expected = load_model(finished_run(preset))
     model = build_model(expected.config, seed=5)
@@ -162,7 +186,7 @@ def test_official_names_come_back(preset: str, finished_run, tmp_path: Path) -> 
         assert torch.equal(ours, theirs), name
 
 
-def test_header(finished_run, tmp_path: Path) -> None:
+def test_header(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     export(finished_run("debug_mirl"), "timm", path)
     with safe_open(path, "pt") as file:
@@ -187,12 +211,18 @@ CASES = {
         ["RUN", "--output", "RUN/model.safetensors", "--format", "hf"],
         "config.json: exists",
     ),
-    "no checkpoint": (["empty", "--output", "x.safetensors"], "no checkpoints/step_* in empty"),
+    "no checkpoint": (["empty", "--output", "x.safetensors"], "empty: no checkpoints/step_* in it"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_mistakes(name: str, finished_run, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_mistakes(
+    name: str,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     words, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
     run = finished_run("debug")
@@ -205,3 +235,48 @@ def test_mistakes(name: str, finished_run, tmp_path: Path, capsys, monkeypatch) 
     assert (stop.value.code, message.count("\n")) == (2, 1)
     assert expected in message
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        AttentionArguments,
+        CkaArguments,
+        DigitsArguments,
+        ExportArguments,
+        KnnArguments,
+        LinearArguments,
+        ReconstructArguments,
+        VerifyArguments,
+    ],
+)
+def test_every_command_takes_from(arguments: type[FrozenConfig]) -> None:
+    output = ["--output", "x"] if arguments is ExportArguments else []
+    given = parse(arguments, ["RUN", "--from", "step_00000007", *output], prog="")
+    assert given.model_dump()["from_step"] == "step_00000007"
+
+
+def test_an_older_checkpoint(
+    finished_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run("debug_mae"), run)
+    newer = step_folder(run, 9)
+    shutil.copytree(step_folder(run, 7), newer)
+    load_model(run, "9")
+    weights = newer / "weights_stage00.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    output = tmp_path / "x.safetensors"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(run), "--from", "9", "--output", str(output)])
+    message = capsys.readouterr().err
+    assert (stop.value.code, message.count("\n")) == (1, 1)
+    assert message.startswith(f"error: {weights}: damaged")
+    assert not output.exists()
+    main(["export", str(run), "--from", "7", "--output", str(output)])
+    captured = capsys.readouterr()
+    assert "step 7" in captured.out
+    assert captured.err == ""
+    output.unlink()
+    main(["export", str(run), "--output", str(output)])
+    assert capsys.readouterr().err.startswith(f"warning: {weights}: damaged")
