@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from deepmim_scale.config import UNSET_TAPS, FrozenConfig, RunConfig, validated
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.presets import PRESETS, load_preset
 
 Arguments = TypeVar("Arguments", bound=FrozenConfig)
@@ -185,6 +185,10 @@ def run_command(command: Callable[[], None]) -> None:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunFailure as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

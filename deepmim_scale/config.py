@@ -269,6 +269,8 @@ class RunConfig(FrozenConfig):
     """DeepMIM's hybrid targets: a run of method mae whose reconstructions are mixed in."""
     data: str = ""
     """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it is validation), or DIR itself."""
+    cache: str = ""
+    """Folder for listings of the data (default: beside the images)."""
     output: str = ""
     """Folder of the run (default runs/<preset>)."""
     deepspeed_config: str = ""

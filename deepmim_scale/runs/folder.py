@@ -17,6 +17,7 @@ _FREE = frozenset(
     {
         "preset",
         "data",
+        "cache",
         "output",
         "deepspeed_config",
         "microbatch_size",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deepmim_scale.arguments import is_main_process, parse_run, run_command
 from deepmim_scale.config import RunConfig
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.train.prepare import PreparedRun, describe, prepare
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ def pretrain(config: RunConfig) -> None:
             trainer.run()
             trainer.progress.print_main(f"done: {trainer.step} steps, results in {config.output}")
         torch.distributed.destroy_process_group()
-    except UserError as error:
-        if (
-            isinstance(error, BadImage) and not is_main_process()
-        ):  # only the rank that decoded it knows
+    except (UserError, RunFailure) as error:
+        # Only the rank that decoded it knows.
+        if isinstance(error, BadImage) and not is_main_process():
             print(f"error: {error}", file=sys.stderr)
         raise
     except BrokenPipeError:  # of our own output, not of a peer

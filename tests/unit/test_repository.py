@@ -53,6 +53,7 @@ WITHOUT_TORCH = [
     "checkpoint.commands",
     "evaluate.classes",
     "data.manifest",
+    "data.open_source",
     "data.sample_plan",
     "study.cells",
     "study.commands",

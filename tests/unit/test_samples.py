@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from deepmim_scale.data import samples
-from deepmim_scale.data.commands import SamplesArgs, run_samples
-from deepmim_scale.data.manifest import open_manifest
+from deepmim_scale.data.commands import SamplesArguments, run_samples
+from deepmim_scale.data.folder_source import open_folder
 from deepmim_scale.data.samples import load_digits_probe, write_samples
 from deepmim_scale.errors import UserError
 
@@ -30,7 +30,7 @@ def digest(root):
 
 
 def test_layout(folder):
-    train, val = open_manifest(folder / "train"), open_manifest(folder / "val")
+    train, val = open_folder(folder / "train"), open_folder(folder / "val")
     assert set(train.classes) == set(val.classes) == {*samples.PHOTOS, "digits"}
     assert len(train) == 10 * samples.TRAIN_REGIONS + 899
     assert len(val) == 10 * samples.VAL_REGIONS + 898
@@ -42,7 +42,7 @@ def test_layout(folder):
 def test_same_bytes_again_and_second_call_keeps(folder, tmp_path, capsys):
     assert write_samples(tmp_path / "again")
     assert digest(tmp_path / "again") == digest(folder)
-    run_samples(SamplesArgs(out=str(folder)))
+    run_samples(SamplesArguments(out=str(folder)))
     assert "is there already" in capsys.readouterr().out
 
 
