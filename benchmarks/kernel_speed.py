@@ -143,9 +143,11 @@ compiled_mse = torch.compile(whole_mse, dynamic=False)
 
 
 def eager_cosine(pred: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    return reference.masked_cosine(
-        pred, teacher, mask, None, prefix_tokens=1, teacher_prefix_tokens=1
-    )[0]
+    """DeepMIM's expression on dense tokens with CLS."""
+    norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True, dtype=torch.float32)
+    pred, teacher = pred[:, 1:], teacher[:, 1:]
+    cosine = (pred / norm(pred) * (teacher / norm(teacher))).sum(dim=-1)
+    return ((2 - 2 * cosine) * mask).sum() / mask.sum()
 
 
 compiled_cosine = torch.compile(eager_cosine, dynamic=False)

@@ -59,7 +59,7 @@ def peak_saved_bytes(model: Model, step: Callable[[], object]) -> int:
 
 def measure(batch: int, masked_query: bool) -> dict[str, float]:
     """Peak saved MB per image of joint and local backward, and their ratio."""
-    config = deepmim_vit_b_12().model.model_copy(update={"masked_query": masked_query})
+    config = deepmim_vit_b_12().model.replace(masked_query=masked_query)
     model = build_model(config)
     inputs = {
         "images": torch.randn(batch, 3, config.img_size, config.img_size),

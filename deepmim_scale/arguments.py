@@ -17,9 +17,13 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from deepmim_scale.config import UNSET_TAPS, FrozenConfig, RunConfig, validated
+from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.methods import METHODS
 from deepmim_scale.presets import PRESETS, load_preset
+from deepmim_scale.settings import FrozenConfig
+
+ALIASES = {"--loss": ["--target"], "--hybrid": ["--target", "hybrid", "--teacher"]}
 
 Arguments = TypeVar("Arguments", bound=FrozenConfig)
 
@@ -72,15 +76,13 @@ def parse(
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            config, unknown = validated(
-                lambda: tyro.cli(
-                    config_class,
-                    args=list(argv),
-                    prog=prog,
-                    default=default if default is not None else tyro.MISSING_NONPROP,
-                    config=(tyro.conf.OmitArgPrefixes,),
-                    return_unknown_args=True,
-                )
+            config, unknown = tyro.cli(
+                config_class,
+                args=list(argv),
+                prog=prog,
+                default=default if default is not None else tyro.MISSING_NONPROP,
+                config=(tyro.conf.OmitArgPrefixes,),
+                return_unknown_args=True,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -128,7 +130,7 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
     first.add_argument("--config")
     first.add_argument("--local_rank", "--local-rank", help="given by the deepspeed launcher")
     try:
-        start, rest = first.parse_known_args(list(argv))
+        start, rest = first.parse_known_args(_modern(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     helping = any(word in ("-h", "--help") for word in rest)
@@ -140,7 +142,7 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
         )
     if start.config:
         saved = read_json(start.config)
-        default = validated(lambda: RunConfig.model_validate(saved))
+        default = RunConfig.load(saved)
     elif start.preset or helping:
         default = load_preset(start.preset or "quickstart")
     else:
@@ -150,15 +152,33 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
                 _refuse(word, rest, flags, prog)
         raise UserError(f"preset: missing; give --preset with one of {', '.join(PRESETS)}")
     if "--microbatches" in words and "--global-batch" not in words:
-        default = default.model_copy(update={"global_batch": None})
+        default = default.replace(global_batch=None)
     if "--epochs" in words and "--steps" not in words:
-        default = default.model_copy(update={"steps": None})
-    if words & {"--depth", "--num-segments"} and default.model.method != "deepmim":
-        # MAE's and MIRL's taps follow from the depth; a preset carries them filled in.
-        model = default.model.model_copy(update={"taps": UNSET_TAPS})
-        default = default.model_copy(update={"model": model})
+        default = default.replace(steps=None)
+    if "--taps" not in words and _taps_follow(default.model.method, rest, words):
+        # A preset carries its taps filled in; they are spread again for another depth or method.
+        rest = [*rest, "--taps", "even"]
     config = parse(RunConfig, rest, prog=prog, default=default)
-    return config.model_copy(update={"output": config.output or f"runs/{config.preset}"})
+    return config.replace(output=config.output or f"runs/{config.preset}")
+
+
+def _taps_follow(method: str, rest: Sequence[str], words: set[str]) -> bool:
+    """Whether the preset's taps are not the user's any more."""
+    if "--method" in words:
+        return True
+    return bool(words & {"--depth", "--num-segments"}) and not METHODS[method].free_taps
+
+
+def _modern(argv: Sequence[str]) -> list[str]:
+    """Flags under their names of today: `--loss` is a target, `--hybrid RUN` a target's teacher."""
+    words: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag in ALIASES:
+            words += [*ALIASES[flag], *([value] if equals else [])]
+        else:
+            words.append(word)
+    return words
 
 
 def difference(config: RunConfig) -> list[str]:

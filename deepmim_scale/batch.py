@@ -57,3 +57,9 @@ def masking_from_noise(noise: Tensor, num_visible: int) -> Masking:
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     return Masking(ids_shuffle[:, :num_visible], ids_shuffle[:, num_visible:], ids_restore)
+
+
+def expect_shape(name: str, tensor: Tensor, legend: str, shape: tuple[int, ...]) -> None:
+    """ValueError that names both shapes, unless a tensor from outside has the expected one."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}; must be {legend}={list(shape)}")

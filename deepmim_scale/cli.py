@@ -13,7 +13,7 @@ from deepmim_scale.errors import UserError
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "plan": ("plan.commands", "PlanArguments", "plan", "predict every way to run on a cluster"),
     "schedule": (
-        "plan.commands",
+        "plan.schedule_command",
         "ScheduleArguments",
         "schedule",
         "build, simulate and draw a step's schedule",

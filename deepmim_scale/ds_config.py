@@ -10,15 +10,13 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deepmim_scale.arguments import read_json
-from deepmim_scale.config import RunConfig, pluralize
+from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
-
-Precision = Literal["fp32", "bfloat16", "float16", "pure_bfloat16", "pure_float16"]
-"""bfloat16, float16: autocast over fp32 weights, as in the papers; pure_: 16-bit weights too, with
-fp32 masters in the optimizer: the least memory, and rounded gradients."""
+from deepmim_scale.precision import Precision
+from deepmim_scale.settings import pluralize
 
 # Buckets beyond a stage's parameters only waste memory: DeepSpeed's default allocates 5e8 elements.
 BUCKET_ELEMENTS = 25_000_000
@@ -157,13 +155,13 @@ def precision_of(content: dict[str, Any], path: str = "deepspeed_config") -> Pre
     if len(enabled) > 1:
         raise UserError(f"{path}: {' and '.join(enabled)} are enabled; keep one of them")
     if not enabled:
-        return "fp32"
+        return Precision.FP32
     if enabled != ["torch_autocast"]:
-        return "pure_bfloat16" if enabled == ["bf16"] else "pure_float16"
+        return Precision.PURE_BFLOAT16 if enabled == ["bf16"] else Precision.PURE_FLOAT16
     dtype = content["torch_autocast"].get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "float16"):
         raise UserError(f"{path}: torch_autocast.dtype={dtype!r}: must be bfloat16 or float16")
-    return dtype
+    return Precision(dtype)
 
 
 def resolve_ds_config(

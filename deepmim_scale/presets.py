@@ -1,4 +1,4 @@
-"""Named runs as functions returning configs: call one, then `model_copy(update=...)` what differs.
+"""Named runs as functions returning configs: call one, then `replace(...)` what differs.
 
 Sources: MAE (facebookresearch/mae, models_mae.py, PRETRAIN.md), DeepMIM (OliverRensu/DeepMIM) and
 MIRL (russellllaputa/MIRL, models_mirl.py), whose recipes share batch 4096, blr 1.5e-4, wd 0.05.
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deepmim_scale.config import ModelConfig, RunConfig, even_taps
+from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.methods.base import even_taps
 
 VIT_S: dict[str, Any] = {"embed_dim": 384, "num_heads": 12}
 VIT_B: dict[str, Any] = {"embed_dim": 768, "num_heads": 12}
@@ -92,16 +93,32 @@ def mae_vit_l_24() -> RunConfig:
 
 def deepmim_vit_b_12() -> RunConfig:
     """DeepMIM ViT-B/16 on normalized pixels, decoders after blocks 6, 8, 10 and 12."""
-    model = ModelConfig(method="deepmim", depth=12, taps=(6, 8, 10, 12), **VIT_B)
+    return _deepmim_vit_b_12()
+
+
+def _deepmim_vit_b_12(**target: Any) -> RunConfig:
+    model = ModelConfig(method="deepmim", depth=12, taps=(6, 8, 10, 12), **VIT_B, **target)
     return RunConfig(model=model, epochs=1600.0)
 
 
 def deepmim_clip_vit_b_12() -> RunConfig:
     """DeepMIM ViT-B/16 on CLIP token features, as the released code."""
-    model = ModelConfig(
-        method="deepmim", loss="cosine", depth=12, taps=(6, 8, 10, 12), teacher_dim=512, **VIT_B
-    )
-    return RunConfig(model=model, epochs=1600.0)
+    return _deepmim_vit_b_12(target="clip", teacher_dim=512)
+
+
+def deepmim_hog_vit_b_12() -> RunConfig:
+    """DeepMIM ViT-B/16 on histograms of oriented gradients (MaskFeat's target) at every tap."""
+    return _deepmim_vit_b_12(target="hog")
+
+
+def deepmim_timm_vit_b_12() -> RunConfig:
+    """DeepMIM ViT-B/16 on the token features of DINO's ViT-B/16; needs --teacher FILE."""
+    return _deepmim_vit_b_12(target="timm:vit_base_patch16_224.dino", teacher_dim=768)
+
+
+def deepmim_ema_vit_b_12() -> RunConfig:
+    """DeepMIM ViT-B/16 on latents of a moving average of itself; one stage."""
+    return _deepmim_vit_b_12(target="ema")
 
 
 def _deepmim_vit_b(depth: int) -> RunConfig:
@@ -154,6 +171,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         mae_vit_l_24,
         deepmim_vit_b_12,
         deepmim_clip_vit_b_12,
+        deepmim_hog_vit_b_12,
+        deepmim_timm_vit_b_12,
+        deepmim_ema_vit_b_12,
         deepmim_vit_b_24,
         deepmim_vit_b_36,
         deepmim_vit_b_48,
@@ -167,4 +187,4 @@ def load_preset(name: str) -> RunConfig:
     """The preset's config with its name filled in; UserError lists the names there are."""
     if name not in PRESETS:
         raise UserError(f"preset={name}: unknown; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]().model_copy(update={"preset": name})
+    return PRESETS[name]().replace(preset=name)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepmim_scale.evaluate.features import embedded
 from deepmim_scale.models import Model
 
 
@@ -32,7 +31,7 @@ class BlockAttention:
 @torch.no_grad()
 def attention_maps(model: Model, images: Tensor) -> Iterator[Tensor]:
     """Attention [N, H, L+1, L+1] of each block, rows of queries, class token first."""
-    hidden = embedded(model, images)
+    hidden = model.embed_whole(images)
     blocks: Iterable[Any] = model.blocks.values()
     for block in blocks:
         attn = block.attn

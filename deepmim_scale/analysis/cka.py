@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepmim_scale.evaluate.features import hidden_states, pool
+from deepmim_scale.evaluate.features import pool
 from deepmim_scale.models import Model
 
 FEWEST = 4  # images that the unbiased estimator needs
@@ -40,9 +40,10 @@ def cka(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return table / torch.outer(*norms)
 
 
+@torch.no_grad()
 def block_features(model: Model, batches: Iterable[Tensor]) -> list[Tensor]:
     """Mean patch tokens [N, D] after every block, of batches [B, 3, S, S] unmasked."""
-    parts = [[pool(tokens, "mean") for tokens in hidden_states(model, b)] for b in batches]
+    parts = [[pool(tokens, "mean") for tokens in model.features(b)] for b in batches]
     return [torch.cat(block) for block in zip(*parts, strict=True)]
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import FrozenConfig, even_taps
 from deepmim_scale.errors import UserError
+from deepmim_scale.methods.base import even_taps
+from deepmim_scale.settings import FrozenConfig
 
 SHOWN = 6  # blocks in the printed table
 

@@ -22,9 +22,10 @@ from deepmim_scale.images import (
     to_pixels,
     unpatchify,
 )
+from deepmim_scale.methods import losses_of
 from deepmim_scale.models import Model
 from deepmim_scale.models.blocks import gather_tokens
-from deepmim_scale.models.stage import loss_members
+from deepmim_scale.objectives import objective_of
 
 NUM_CLASSES, NUM_SPREAD = 5, 5
 # What a masked patch is guessed to be, by norm_pix: a name and its meaning. With norm_pix the
@@ -45,9 +46,9 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
     statistics of the original bring norm_pix predictions back to pixels, as in MAE's demo.
     """
     config = model.config
-    if config.loss != "pixel":
-        raise UserError(f"loss={config.loss}: predicts features; pictures need loss pixel")
-    masking = model.masking(images, noise)
+    if not objective_of(config).is_pixels:
+        raise UserError(f"target={config.target}: predicts features; pictures need target pixel")
+    masking = model.masking(noise)
     out = model(images, noise=noise, predictions=True)
     assert out.predictions is not None, "predictions were asked for"
     patches = patchify(images, config.patch_size)
@@ -58,8 +59,8 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
         return unpatchify(filled, config.patch_size, config.in_chans)
 
     pictures = {}
-    for name, members in loss_members(config).items():
-        values = torch.stack([out.predictions[member] for member in members]).sum(0)
+    for name, loss in losses_of(config).items():
+        values = torch.stack([out.predictions[member] for member in loss.decoders]).sum(0)
         if config.norm_pix:
             mean, std = patch_statistics(patches)
             values = values * std + mean
@@ -69,7 +70,7 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
 
 def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
     """Images [N, 3, S, S] with each masked patch guessed as GUESSES says."""
-    config, masking = model.config, model.masking(images, noise)
+    config, masking = model.config, model.masking(noise)
     patches = patchify(images, config.patch_size)
     if config.norm_pix:
         guess, _ = patch_statistics(patches)

@@ -8,8 +8,8 @@ from typing import Literal
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import FrozenConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.settings import FrozenConfig
 
 
 class VerifyArguments(FrozenConfig):

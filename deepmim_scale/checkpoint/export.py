@@ -17,10 +17,13 @@ from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.official import official_names, renamed
 from deepmim_scale.checkpoint.save import load_weights
 from deepmim_scale.config import ModelConfig
+from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models import Model, build_model
-from deepmim_scale.models.stage import decoder_names
+from deepmim_scale.objectives import objective_of
 from deepmim_scale.runs.folder import load_run_config
 
+# The method whose decoder transformers has, as ViTMAE.
+VIT_MAE = "mae"
 LICENCE = "origin not recorded; weights that began as MAE's release are CC-BY-NC 4.0"
 # The arguments of timm's vit_base_patch16_224, by our names.
 _VIT_BASE = {
@@ -55,7 +58,7 @@ def official_tensors(model: Model) -> dict[str, Tensor]:
 
 def hf_has_decoder(config: ModelConfig) -> bool:
     """Whether transformers knows the decoder: ViTMAE has one, which predicts pixels."""
-    return config.method == "mae" and config.loss == "pixel"
+    return method_of(config).name == VIT_MAE and objective_of(config).is_pixels
 
 
 def hf_tensors(model: Model) -> dict[str, Tensor]:

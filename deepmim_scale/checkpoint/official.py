@@ -6,45 +6,16 @@ MAE's released weights are CC-BY-NC 4.0: models that start from them are for non
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor, nn
 
-from deepmim_scale.config import ModelConfig
+from deepmim_scale.methods import method_of
 from deepmim_scale.models.model import Model
-from deepmim_scale.models.stage import decoder_names
-
-Source = Literal["mae", "deepmim", "mirl"]
 
 _WEIGHT_NORM = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }
-
-
-def _prefixes(config: ModelConfig) -> dict[str, str]:
-    """Module of ours -> official module; everything else has timm's name in both."""
-    names = list(decoder_names(config).values())
-    prefixes = {}
-    for index, name in enumerate(names):
-        if config.method == "mirl":
-            number = str(index)
-            if index < len(names) - 1:
-                prefixes[f"carries.{name}.norm"] = f"norm{number}"
-            prefixes[f"carries.{name}.embed"] = f"decoder_embed{number}"
-        else:
-            number = str(index + 1) if config.method == "deepmim" else ""
-            prefixes[f"decoders.{name}.embed"] = f"decoder_embed{number}"
-        # Only MIRL has a position table for each decoder.
-        table = number if config.method == "mirl" else ""
-        prefixes[f"decoders.{name}.pos_embed"] = f"decoder_pos_embed{table}"
-        prefixes[f"decoders.{name}.mask_token"] = f"mask_token{number}"
-        prefixes[f"decoders.{name}.blocks"] = f"decoder_blocks{number}"
-        prefixes[f"decoders.{name}.norm"] = f"decoder_norm{number}"
-        prefixes[f"decoders.{name}.pred"] = f"decoder_pred{number}"
-    if config.method == "mirl":
-        prefixes |= {"carries.low.norm": "norm_low", "carries.low.embed": "decoder_embed0_1"}
-    return prefixes
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
@@ -55,7 +26,7 @@ def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
 
 def official_names(model: Model) -> dict[str, str]:
     """Parameter name of ours -> official name, for every entry of `model.state_dict()`."""
-    prefixes = _prefixes(model.config)
+    prefixes = method_of(model.config).official_prefixes(model.config)
     names = {}
     for name in model.state_dict():
         official = renamed(name, prefixes) or name
@@ -65,7 +36,7 @@ def official_names(model: Model) -> dict[str, str]:
     return names
 
 
-def load_official(model: nn.Module, state_dict: Mapping[str, Tensor], source: Source) -> list[str]:
+def load_official(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
     """Copy an official state dict (torch layout, released names) into a model of the same size.
 
     Returns our names of the decoder weights that the file does not have: encoder-only files have

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import FrozenConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.settings import FrozenConfig
 
 # A folder of images, in every command alike.
 ImageFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.config import FrozenConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.settings import FrozenConfig
 
 if TYPE_CHECKING:
     from deepmim_scale.evaluate.classes import Classes

@@ -1,21 +1,25 @@
 """A whole model in one process: the joint reference, and the local backward that trains.
 
-Legend: B images, C channels, L patches, K visible patches, P prediction width.
+Legend: B images, C channels, L patches, K visible patches, D width, P prediction width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deepmim_scale.batch import Masking, masking_from_noise
+from deepmim_scale.batch import Batch, Masking, expect_shape, masking_from_noise
 from deepmim_scale.config import ModelConfig, RunConfig
+from deepmim_scale.images import normalize
+from deepmim_scale.methods import losses_of
 from deepmim_scale.models.blocks import gather_tokens, initialize
-from deepmim_scale.models.stage import Stage, State, loss_members, loss_weight
+from deepmim_scale.models.stage import Stage, State
 from deepmim_scale.models.taps import Leaf, detach_tap, fork, gradient_root
+from deepmim_scale.objectives import build_objective
+from deepmim_scale.presets import load_preset
 
 
 @dataclass
@@ -35,24 +39,24 @@ class Model(Stage):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, 1, config.depth)
+        self.losses = losses_of(config)
+        self.objective = build_objective(config)
 
-    def masking(
+    def batch(
         self, images: Tensor, noise: Tensor | None, teacher: Tensor | None = None
-    ) -> Masking:
-        """Masking of noise [B, L]; fresh noise where none is given.
+    ) -> tuple[Batch, Masking]:
+        """A batch with its mask from noise [B, L]; fresh noise where none is given.
 
-        ValueError if noise or teacher does not fit the images.
+        ValueError if noise does not fit the images.
         """
-        size, length, visible = len(images), self.config.num_patches, self.config.num_visible
         if noise is None:
-            noise = torch.rand(size, length, device=images.device)
-        _expect("noise", noise, "[B, L]", (size, length))
-        if teacher is not None:
-            features = self.config.loss == "cosine"
-            legend, tokens = ("L+1", length + 1) if features else ("L-K", length - visible)
-            shape = (size, tokens, self.config.out_dim)
-            _expect("teacher", teacher, f"[B, {legend}, P]", shape)
-        return masking_from_noise(noise, visible)
+            noise = torch.rand(len(images), self.config.num_patches, device=images.device)
+        expect_shape("noise", noise, "[B, L]", (len(images), self.config.num_patches))
+        return Batch(images, noise, teacher=teacher), self.masking(noise)
+
+    def masking(self, noise: Tensor) -> Masking:
+        """Masking of noise [B, L]."""
+        return masking_from_noise(noise, self.config.num_visible)
 
     def forward(
         self,
@@ -64,9 +68,10 @@ class Model(Stage):
     ) -> Output:
         """Losses of images [B, C, H, W], normalized or uint8; noise [B, L] in [0, 1): the mask.
 
+        `teacher` is what the target's teacher makes of the images, where the target has one.
         `predictions` also returns every decoder's predictions, from full last blocks.
         """
-        masking = self.masking(images, noise, teacher)
+        batch, masking = self.batch(images, noise, teacher)
         inputs: dict[str, State] = {}
 
         def tap(name: str, tensors: State) -> State:
@@ -81,22 +86,50 @@ class Model(Stage):
         masked = preds
         if predictions:
             masked = {name: gather_tokens(p, masking.ids_masked) for name, p in preds.items()}
-        criterion = self.criterion(images, masking, teacher)
+        targets = self.objective.prepare(batch, masking)
         losses = {
-            name: criterion(name, [masked[member] for member in members])
-            for name, members in loss_members(self.config).items()
+            name: self.objective.loss(
+                name, [masked[member] for member in loss.decoders], targets, loss.weight
+            )
+            for name, loss in self.losses.items()
         }
         return Output(self.total(losses), losses, preds if predictions else None)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses, in their order."""
-        weight = loss_weight(self.config)
-        return torch.stack([loss * weight for loss in losses.values()]).sum()
+        return torch.stack([losses[name] * loss.weight for name, loss in self.losses.items()]).sum()
 
+    def features(self, images: Tensor) -> Iterator[Tensor]:
+        """Tokens [B, L+1, D] after each block, class token first, of whole images [B, C, S, S].
 
-def _expect(name: str, tensor: Tensor, legend: str, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: has shape {list(tensor.shape)}; must be {legend}={list(shape)}")
+        The last block's tokens are normalized by the encoder's final norm, as its decoder sees
+        them.
+        """
+        hidden = self.embed_whole(images)
+        for index, block in self.blocks.items():
+            hidden = block(hidden)
+            yield self.norm(hidden) if int(index) + 1 == self.config.depth else hidden
+
+    def embed_whole(self, images: Tensor) -> Tensor:
+        """Tokens [B, L+1, D] before the first block, of images [B, C, S, S] without a mask."""
+        num_patches = self.config.num_patches
+        order = torch.arange(num_patches, dtype=torch.float32, device=images.device)
+        everything = masking_from_noise(order.expand(len(images), -1), num_patches)
+        return self.embed(normalize(images), everything)[0]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Predictions [B, L-K, P] of the masked patches by the deepest decoder alone."""
+        masking = self.masking(noise)
+        inputs: dict[str, State] = {}
+
+        def tap(name: str, tensors: State) -> State:
+            inputs[name] = tensors
+            return tensors
+
+        self.encode(self.embed(normalize(images), masking), tap)
+        name = list(inputs)[-1]
+        return self.decode(name, inputs[name], masking)
 
 
 def local_backward(
@@ -114,38 +147,45 @@ def local_backward(
     gradients equal `model(...).loss.backward()` bit for bit. `backward` is called with scalars
     (`engine.backward` under DeepSpeed).
     """
-    masking = model.masking(images, noise, teacher)
+    batch, masking = model.batch(images, noise, teacher)
     leaves: dict[str, list[Leaf]] = {}
 
     def tap(name: str, tensors: State) -> State:
-        onward, held = zip(*map(detach_tap, tensors), strict=True)
-        leaves[name] = list(held)
+        onward, tapped = zip(*map(detach_tap, tensors), strict=True)
+        leaves[name] = list(tapped)
         return onward
 
     state = model.encode(model.embed(images, masking), tap)
-    criterion = model.criterion(images, masking, teacher)
+    targets = model.objective.prepare(batch, masking)
     losses = {}
-    for name, members in loss_members(model.config).items():
+    for name, term in model.losses.items():
         predictions = [
             model.decode(member, tuple(leaf.tensor for leaf in leaves[member]), masking)
-            for member in members
+            for member in term.decoders
         ]
-        loss = criterion(name, predictions)
+        loss = model.objective.loss(name, predictions, targets, term.weight)
         losses[name] = loss.detach()
-        backward(loss * loss_weight(model.config))
+        backward(loss * term.weight)
+        # The graph must be gone before the next decoder's is built.
         del loss, predictions
     backward(gradient_root(state, (None,) * len(state)))
     return Output(model.total(losses), losses)
 
 
 def build_model(
-    config: ModelConfig | RunConfig | Callable[[], RunConfig], *, seed: int = 0, device: str = "cpu"
+    config: str | ModelConfig | RunConfig | Callable[[], RunConfig],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Model:
-    """The whole model of a config or of a preset function, initialized as MAE from `seed`.
+    """The whole model of a config, a preset function or a preset's name, initialized as MAE.
 
-    `device="meta"` builds it without memory.
+    Weights are drawn from `seed`. `device="meta"` builds the model without memory. UserError for
+    an unknown name.
     """
-    if callable(config):
+    if isinstance(config, str):
+        config = load_preset(config)
+    elif callable(config):
         config = config()
     with torch.device(device):
         model = Model(config.model if isinstance(config, RunConfig) else config)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from deepmim_kernels import gather_patches, masked_cosine, masked_mse, use_triton
+from deepmim_kernels import gather_patches, use_triton
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,36 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from deepmim_scale.batch import Masking
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.images import normalize, pixel_scale
+from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models.blocks import LayerNorm, gather_tokens, position_table, transformer_block
 from deepmim_scale.models.decoder import Carry, CrossDecoder, Decoder, decoder_table
 
 State = tuple[Tensor, ...]
 # (decoder's name, its input tensors) -> the tensors with which the encoder goes on
 TapFunction = Callable[[str, State], State]
-# (loss's name, predictions of its decoders) -> scalar
-Criterion = Callable[[str, list[Tensor]], Tensor]
 Recompute = Literal["none", "encoder", "all"]
-
-
-def decoder_names(config: ModelConfig) -> dict[int, str]:
-    """Block number (from 1) -> name of the decoder after it."""
-    if config.method == "mirl":
-        return {block: f"segment{g}" for g, block in enumerate(config.taps, start=1)}
-    return {block: f"block{block:02d}" for block in config.taps}
-
-
-def loss_members(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Name of each loss -> the decoders whose predictions it sums."""
-    names = tuple(decoder_names(config).values())
-    if config.method != "mirl":
-        return {name: (name,) for name in names}
-    half, last = config.num_segments // 2, config.num_segments
-    return {f"pair{g}_{last + 1 - g}": (names[g - 1], names[-g]) for g in range(1, half + 1)}
-
-
-def loss_weight(config: ModelConfig) -> float:
-    """Weight of each loss in the total: DeepMIM sums its losses, MIRL takes the mean."""
-    return 1.0 / len(loss_members(config)) if config.method == "mirl" else 1.0
 
 
 class Stage(nn.Module):
@@ -65,8 +43,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.gradient_hint = loss_weight(config)
-        """Gradient of the total with respect to a loss: lets a kernel store gradients at once."""
+        self._has_carries = method_of(config).carries
         is_first, is_last = first == 1, last == config.depth
         if is_first:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
@@ -86,7 +63,7 @@ class Stage(nn.Module):
         self.norm = LayerNorm(config.embed_dim) if is_last else nn.Identity()
         names = {n: name for n, name in decoder_names(config).items() if first <= n <= last}
         self.decoder_names = names
-        if config.method == "mirl":
+        if self._has_carries:
             self.carries = nn.ModuleDict(
                 {name: Carry(config, own_norm=n != config.depth) for n, name in names.items()}
             )
@@ -102,8 +79,12 @@ class Stage(nn.Module):
     def embed(self, images: Tensor, masking: Masking) -> State:
         """State before block 1: visible patches of images [B, C, H, W] with position and CLS.
 
-        images: uint8, or floating and normalized.
+        images: uint8, or floating and normalized. ValueError for images of another size.
         """
+        side, (height, width) = self.config.img_size, images.shape[-2:]
+        # Here for both paths: a gather of patches would take any size, with the wrong positions.
+        if height != side or width != side:
+            raise ValueError(f"images are {height}x{width}: must be img_size={side}; resize them")
         dtype, ids = self.cls_token.dtype, masking.ids_visible  # 16-bit weights, 16-bit images
         if use_triton("auto", images):
             # The visible patches alone go through the convolution, as the Linear that it is.
@@ -116,7 +97,7 @@ class Stage(nn.Module):
             x = gather_tokens(x, ids)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         hidden = torch.cat([cls, x], dim=1)
-        if self.config.method == "mirl":
+        if self._has_carries:
             return hidden, self.carries["low"](hidden)
         return (hidden,)
 
@@ -131,7 +112,7 @@ class Stage(nn.Module):
                 hidden = self.norm(hidden)
             if name is None:
                 continue
-            if self.config.method == "mirl":
+            if self._has_carries:
                 carries = list(tap(name, (*carries, self.carries[name](hidden))))
             else:
                 (hidden,) = tap(name, (hidden,))
@@ -146,32 +127,3 @@ class Stage(nn.Module):
         if again and torch.is_grad_enabled():
             return checkpoint(function, *tensors, use_reentrant=False)
         return function(*tensors)
-
-    def criterion(self, images: Tensor, masking: Masking, teacher: Tensor | None) -> Criterion:
-        """The loss of predictions [B, L-K, P] of the masked patches: one, or a pair to be summed.
-
-        images [B, C, H, W] uint8 or normalized; teacher [B, L+1, P] for loss cosine, or the
-        reconstruction [B, L-K, P] for hybrid targets.
-        """
-        config, ids, hint = self.config, masking.ids_masked, self.gradient_hint
-        if config.loss == "cosine":
-            if teacher is None:
-                raise ValueError("loss=cosine: needs teacher features [B, L+1, P]; pass teacher=")
-            return lambda _name, preds: masked_cosine(
-                preds[0], teacher, ids=ids, teacher_prefix_tokens=1, hint=hint
-            )
-        if config.hybrid_alphas and teacher is None:
-            raise ValueError("hybrid_alphas: need a reconstruction [B, L-K, P]; pass teacher=")
-        shares = zip(loss_members(config), config.hybrid_alphas, strict=False)
-        mixed = {name: (teacher, a) for name, a in shares if a < 1 and teacher is not None}
-        return lambda name, preds: masked_mse(
-            preds[0],
-            images,
-            ids=ids,
-            patch_size=config.patch_size,
-            norm_pix=config.norm_pix,
-            pred2=preds[1] if len(preds) > 1 else None,
-            hybrid=mixed.get(name),
-            hint=hint,
-            **pixel_scale(images),
-        )

@@ -7,6 +7,7 @@ another in micro-batch order at both ends (plan/schedule.py), so they need no ta
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepmim_scale.parallel.stages import Spec
+from deepmim_scale.parallel.stages import TensorRoom
 from deepmim_scale.pipeline.ir import Instruction, Payload, Pipeline, Schedule
 
 Channel = tuple[Payload, int, int]
@@ -89,10 +90,10 @@ class Channels:
             work = dist.isend(tensor, self._ranks[target], group=self._groups[channel])
             self._sends.append((work, tensor))
 
-    def receive(self, message: Instruction, specs: list[Spec]) -> tuple[Tensor, ...]:
+    def receive(self, message: Instruction, rooms: Sequence[TensorRoom]) -> tuple[Tensor, ...]:
         """Wait for a message's tensors; RuntimeError after the time-out or if the peer is gone."""
         channel = _, source, _ = _channel(self._pipeline, message)
-        tensors = [spec.empty(self._where) for spec in specs]
+        tensors = [room.empty(self._where) for room in rooms]
         for work in [
             dist.irecv(tensor, self._ranks[source], group=self._groups[channel])
             for tensor in tensors

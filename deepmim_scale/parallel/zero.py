@@ -21,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepmim_scale.ds_config import Precision, precision_of
+from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import UserError
 from deepmim_scale.parallel.stages import global_parameters
+from deepmim_scale.pipeline.registry import Reduction
+from deepmim_scale.precision import Precision
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,10 +41,8 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
-Reduction = Literal["coalesced", "per_microbatch"]
 Engine = Any  # a deepspeed.DeepSpeedEngine, which has no types
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _COMMUNICATION = {"bfloat16": "bf16", "float16": "fp16"}
 # Keys of our JSON that DeepSpeed does not read, or reads in a way that fails: with float16 its
 # torch_autocast scales by a GradScaler that neither lowers its scale on overflow nor is voted.
@@ -133,7 +133,7 @@ def build_engine(
     precision = precision_of(ds_config)
     settings = {key: value for key, value in ds_config.items() if key not in _OURS}
     settings.setdefault("steps_per_print", 2**31)
-    if precision in _DTYPES:
+    if precision.is_autocast:
         settings.setdefault("communication_data_type", _COMMUNICATION[precision])
     if precision == "pure_float16":
         settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale
@@ -157,9 +157,9 @@ def build_engine(
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The compute precision of one micro-batch; a no-op in fp32 and with pure 16-bit weights."""
-    if precision not in _DTYPES:
+    if not precision.is_autocast:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+    return torch.autocast(device.type, dtype=getattr(torch, precision.product))
 
 
 @contextlib.contextmanager

@@ -1,35 +1,24 @@
-"""Generators of schedules: textbook orders by formula, decoder-in-the-bubble by search.
+"""How schedules are built: textbook orders by formula, decoders in the bubbles by search.
 
+The baselines are what a framework does that sees a stage as one module: decoders run inside the
+stage's forward and backward. The others run decoders while a stage would wait. A decoder needs
+nothing from other stages, so it runs forward and backward at any time between its stage's forward
+and encoder backward. Paired decoders cannot run backward before the pair is complete: their
+forwards move early, and their backwards to that moment.
 Legend: P ranks, S stages, s a stage, M micro-batches.
-
-| name    | decoders                               | weight gradients |
-|---------|----------------------------------------|------------------|
-| `gpipe` | inside the stage's forward and backward| in the backward  |
-| `1f1b`  | the same                               | in the backward  |
-| `zb_h1` | the same (comparison only)             | apart            |
-| `dib`   | run while the stage would wait         | in the backward  |
-| `dib_w` | run while the stage would wait         | apart            |
-
-`gpipe` and `1f1b` are the baselines: what a framework does with a stage that it sees as one module.
-`dib`: a decoder needs nothing from other stages, so it runs forward and backward at any time
-between its stage's forward and encoder backward. MIRL's decoders cannot run backward before the
-pair is complete; there `dib` moves their forwards early and their backwards to that moment.
-ZB-H1: Qi et al., Zero Bubble Pipeline Parallelism, 2024, section 2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 from deepmim_scale.pipeline.ir import (
     Durations,
     Instruction,
     Kind,
-    Name,
     Pipeline,
     Schedule,
     Style,
@@ -57,6 +46,24 @@ TOLERANCE = 1.002
 """Among schedules within this factor of the fastest the one with the least memory is taken."""
 
 Candidate = tuple[Style, Policy]
+TextbookOrder = Callable[[Pipeline, int, int], Iterator[Instruction]]
+"""(pipeline, rank, micro-batches) -> compute instructions of the rank."""
+
+
+@dataclass(frozen=True)
+class SchedulingProblem:
+    """What a schedule is built for."""
+
+    pipeline: Pipeline
+    num_microbatches: int
+    durations: Durations
+    """Of the same kinds: with weight gradients apart where the schedule has them apart."""
+    memory: Sequence[Memory]
+    """Of each stage."""
+    memory_limit: int | None = None
+    """Bytes of activations on any rank that a search may use (default: the baseline's)."""
+    quick: bool = False
+    """Search less."""
 
 
 @dataclass(frozen=True)
@@ -69,70 +76,71 @@ class BuiltSchedule:
     """Peak activation bytes per rank."""
 
 
-def build(
-    name: Name,
-    pipeline: Pipeline,
-    num_microbatches: int,
-    times: Durations,
-    memory: Sequence[Memory],
-    memory_limit: int | None = None,
-    *,
-    quick: bool = False,
+def simulated(schedule: Schedule, problem: SchedulingProblem) -> BuiltSchedule:
+    """A schedule with its time and memory under the problem's durations."""
+    timeline = simulate(schedule, problem.durations)
+    return BuiltSchedule(schedule, timeline, peak_activation_bytes(schedule, problem.memory))
+
+
+def build_by_formula(
+    name: str, problem: SchedulingProblem, order: TextbookOrder, style: Style
 ) -> BuiltSchedule:
-    """Make a schedule; `dib`, `dib_w` and `1f1b` on the V are searched for (`quick`: less).
-
-    The search is for the fastest within `memory_limit` bytes of activations on any rank, by default
-    1f1b's; where nothing is, for the least memory. `times` must be those of the same kinds: with
-    weight gradients apart for `dib_w` and `zb_h1`.
-    """
-    order = partial(_listed, name, pipeline, times, memory)
-    if name in ("dib", "dib_w"):
-        if memory_limit is None:
-            baseline = build("1f1b", pipeline, num_microbatches, times, memory)
-            memory_limit = max(baseline.peaks)
-        candidates = list(_bubble_candidates(pipeline, name == "dib_w", quick))
-    elif name == "1f1b" and pipeline.placement == "v":
-        candidates = [
-            (Style(inline=True), Policy(priority, _falling(pipeline), num_microbatches))
-            for priority in ONE_MODULE
-        ]
-    else:
-        style = Style(inline=True, split=name == "zb_h1")
-        fill = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward, "zb_h1": _zb_h1}[name]
-        orders = [list(fill(pipeline, r, num_microbatches)) for r in range(pipeline.num_ranks)]
-        return _complete(name, pipeline, num_microbatches, orders, style, times, memory)
-    searched = min(num_microbatches, SEARCHED_MICROBATCHES * pipeline.num_ranks)
-    found = [(order(searched, *candidate), candidate) for candidate in candidates]
-    best, candidate = _fastest(found, memory_limit)
-    return best if searched == num_microbatches else order(num_microbatches, *candidate)
+    """A textbook schedule."""
+    pipeline, num_microbatches = problem.pipeline, problem.num_microbatches
+    orders = [list(order(pipeline, rank, num_microbatches)) for rank in range(pipeline.num_ranks)]
+    return simulated(insert_messages(name, pipeline, num_microbatches, orders, style), problem)
 
 
-def _listed(
-    name: Name,
-    pipeline: Pipeline,
-    times: Durations,
-    memory: Sequence[Memory],
-    num_microbatches: int,
-    style: Style,
-    policy: Policy,
+def build_gpipe(name: str, problem: SchedulingProblem) -> BuiltSchedule:
+    """All forwards, then all backwards."""
+    return build_by_formula(name, problem, _gpipe, Style(colocated=True))
+
+
+def build_1f1b(name: str, problem: SchedulingProblem) -> BuiltSchedule:
+    """One forward, one backward; on the V by search, as no formula is known for it."""
+    pipeline, num_microbatches = problem.pipeline, problem.num_microbatches
+    if pipeline.placement == "linear":
+        style = Style(colocated=True)
+        return build_by_formula(name, problem, _one_forward_one_backward, style)
+    policies = [Policy(p, _falling(pipeline), num_microbatches) for p in ONE_MODULE]
+    return _search(name, problem, [(Style(colocated=True), policy) for policy in policies])
+
+
+def build_zb_h1(name: str, problem: SchedulingProblem) -> BuiltSchedule:
+    """ZB-H1 (Qi et al., Zero Bubble Pipeline Parallelism, 2024, section 2)."""
+    style = Style(colocated=True, split_backward=True)
+    return build_by_formula(name, problem, _zb_h1, style)
+
+
+def build_in_bubbles(
+    name: str, problem: SchedulingProblem, split_backward: bool = False
 ) -> BuiltSchedule:
-    orders = list_order(pipeline, num_microbatches, times, policy, style)
-    return _complete(name, pipeline, num_microbatches, orders, style, times, memory)
+    """Decoders (and weight gradients) in the bubbles, by search within 1F1B's memory."""
+    if problem.memory_limit is None:
+        baseline = build_1f1b(name, problem)
+        problem = replace(problem, memory_limit=max(baseline.peaks))
+    candidates = list(_bubble_candidates(problem.pipeline, split_backward, problem.quick))
+    return _search(name, problem, candidates)
 
 
-def _complete(
-    name: Name,
-    pipeline: Pipeline,
-    num_microbatches: int,
-    orders: list[list[Instruction]],
-    style: Style,
-    times: Durations,
-    memory: Sequence[Memory],
+def _search(
+    name: str, problem: SchedulingProblem, candidates: Sequence[Candidate]
 ) -> BuiltSchedule:
-    schedule = insert_messages(name, pipeline, num_microbatches, orders, style)
-    return BuiltSchedule(
-        schedule, simulate(schedule, times), peak_activation_bytes(schedule, memory)
-    )
+    """The fastest candidate within the memory limit; where none is, the one of least memory."""
+
+    def listed(num_microbatches: int, style: Style, policy: Policy) -> BuiltSchedule:
+        pipeline = problem.pipeline
+        orders = list_order(pipeline, num_microbatches, problem.durations, policy, style)
+        return simulated(insert_messages(name, pipeline, num_microbatches, orders, style), problem)
+
+    # A policy that is best for a few micro-batches per rank is best for more, and found sooner.
+    most = SEARCHED_MICROBATCHES * problem.pipeline.num_ranks
+    searched = min(problem.num_microbatches, most)
+    found = [(listed(searched, *candidate), candidate) for candidate in candidates]
+    best, candidate = _fastest(found, problem.memory_limit)
+    if searched == problem.num_microbatches:
+        return best
+    return listed(problem.num_microbatches, *candidate)
 
 
 def _fastest(
@@ -158,7 +166,7 @@ def _bubble_candidates(pipeline: Pipeline, split: bool, quick: bool) -> Iterator
     choices = product(fused, priorities, in_flights, open_decoders, patiences)
     for one, priority, in_flight, opened, patience in choices:
         policy = Policy((*priority, *WEIGHT_KINDS), in_flight, opened, patience)
-        yield Style(fused=one, split=split), policy
+        yield Style(fused_decoders=one, split_backward=split), policy
 
 
 def _falling(pipeline: Pipeline) -> tuple[int, ...]:
@@ -169,7 +177,7 @@ def _falling(pipeline: Pipeline) -> tuple[int, ...]:
 def _steps(
     pipeline: Pipeline, stage: int, microbatch: int, kinds: Sequence[Kind]
 ) -> list[Instruction]:
-    present = stage_kinds(pipeline, stage, Style(split=True))
+    present = stage_kinds(pipeline, stage, Style(split_backward=True))
     return [Instruction(kind, stage, microbatch) for kind in kinds if kind in present]
 
 

@@ -20,10 +20,10 @@ Compute instructions (of a stage and a micro-batch) and what each may rely on:
 | `flush`                   | last of a rank: reduce, vote, optimizer   | everything               |
 
 "Above" is stage - 1, "below" is stage + 1. A stage without a decoder has no decoder instructions.
-The weight-gradient kinds appear only when `Style.split` is true: then the backward of Linear layers
-leaves their weight gradients queued, and nothing else changes. When `Style.inline` is true (`gpipe`
-and `1f1b`), "forward above" means all of it, decoders included, and the decoders' backward too
-waits for the gradient from below.
+The weight-gradient kinds appear only with `Style.split_backward`: then the backward of Linear
+layers leaves their weight gradients queued, and nothing else changes. With `Style.colocated`
+"forward above" means all of it, decoders included, and the decoders' backward too waits for the
+gradient from below.
 
 MIRL pairs stage s with stage S - 1 - s of S. The deeper one's `decoder_backward` evaluates the pair
 losses, so it needs the partner's `decoder_forward` (payload `prediction`), and makes the gradient
@@ -46,7 +46,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from deepmim_scale.methods.base import Placement
 
 Kind = Literal[
     "forward",
@@ -61,8 +63,6 @@ Kind = Literal[
     "flush",
 ]
 Payload = Literal["activation", "gradient", "prediction", "prediction_gradient"]
-Placement = Literal["linear", "v"]
-Name = Literal["gpipe", "1f1b", "dib", "dib_w", "zb_h1"]
 
 Message = tuple[Payload | None, int | None, int | None, int]
 """(payload, source stage, target stage, micro-batch)."""
@@ -78,6 +78,11 @@ class Instruction:
     """-1 for flush."""
     payload: Payload | None = None
     peer: int | None = None
+
+    def __str__(self) -> str:
+        what = " ".join(filter(None, (self.kind, self.payload)))
+        peer = "" if self.peer is None else f" (peer: stage {self.peer})"
+        return f"{what} of stage {self.stage}, micro-batch {self.microbatch}{peer}"
 
     @property
     def message(self) -> Message:
@@ -122,17 +127,21 @@ class Pipeline:
         """The other stage of a pair."""
         return self.num_stages - 1 - stage
 
+    def is_shallow(self, stage: int) -> bool:
+        """Whether a deeper stage evaluates the losses of this one's predictions."""
+        return self.paired and stage < self.partner(stage)
+
 
 @dataclass(frozen=True)
 class Style:
     """How a stage's work is cut into instructions."""
 
-    fused: bool = False
+    fused_decoders: bool = False
     """Each decoder runs forward and backward at once (`decoder`)."""
-    inline: bool = False
+    colocated: bool = False
     """As a framework does that sees the stage as one module: the activation leaves after the
     decoders' forward, and their backward waits for the gradient from below."""
-    split: bool = False
+    split_backward: bool = False
     """Weight gradients are instructions of their own."""
 
 
@@ -140,7 +149,7 @@ class Style:
 class Schedule:
     """The instruction lists of one optimizer step."""
 
-    name: Name
+    name: str
     pipeline: Pipeline
     num_microbatches: int
     style: Style
@@ -151,10 +160,10 @@ def stage_kinds(pipeline: Pipeline, stage: int, style: Style) -> tuple[Kind, ...
     """Compute kinds that every micro-batch passes on a stage."""
     kinds: list[Kind] = ["forward"]
     if pipeline.decoders[stage]:
-        kinds += ["decoder"] if style.fused else ["decoder_forward", "decoder_backward"]
-        kinds += ["decoder_weight_gradient"] if style.split else []
+        kinds += ["decoder"] if style.fused_decoders else ["decoder_forward", "decoder_backward"]
+        kinds += ["decoder_weight_gradient"] if style.split_backward else []
     kinds += ["encoder_backward"]
-    kinds += ["encoder_weight_gradient"] if style.split else []
+    kinds += ["encoder_weight_gradient"] if style.split_backward else []
     return tuple(kinds)
 
 
@@ -165,15 +174,15 @@ def dependencies(
     stage, microbatch = step.stage, step.microbatch
     has_decoder = pipeline.decoders[stage]
     below = stage + 1 < pipeline.num_stages and not pipeline.local_gradients
-    first_backward = "decoder_backward" if style.inline and has_decoder else "encoder_backward"
+    first_backward = "decoder_backward" if style.colocated and has_decoder else "encoder_backward"
 
     def at(kind: Kind, stage: int = stage) -> Instruction:
         return Instruction(kind, stage, microbatch)
 
-    loss: Kind = "decoder" if style.fused else "decoder_backward"
+    loss: Kind = "decoder" if style.fused_decoders else "decoder_backward"
     if step.kind == "forward":
         if stage > 0:
-            leaves = style.inline and pipeline.decoders[stage - 1]
+            leaves = style.colocated and pipeline.decoders[stage - 1]
             yield at("decoder_forward" if leaves else "forward", stage - 1), "activation"
     elif step.kind in ("decoder", "decoder_forward"):
         yield at("forward"), None
@@ -195,7 +204,7 @@ def dependencies(
 
 
 def insert_messages(
-    name: Name,
+    name: str,
     pipeline: Pipeline,
     num_microbatches: int,
     orders: Sequence[Sequence[Instruction]],
@@ -238,11 +247,3 @@ class Durations:
         if step.kind == "receive" and step.payload is not None and step.peer is not None:
             return self.transfer.get((step.payload, step.peer), 0.0)
         return self.compute.get((step.kind, step.stage), 0.0)
-
-
-def to_json(schedule: Schedule, rank: int) -> list[dict[str, Any]]:
-    """A rank's instructions as plain dictionaries without empty fields."""
-    return [
-        {key: value for key, value in vars(instruction).items() if value is not None}
-        for instruction in schedule.ranks[rank]
-    ]

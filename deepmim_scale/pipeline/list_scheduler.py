@@ -122,12 +122,12 @@ def list_order(
 
 def _limits(policy: Policy, style: Style, works: list[Work]) -> dict[Work, tuple[Work, int]]:
     """For work that takes memory: the work that releases it, and how many may be open."""
-    encoder: Kind = "encoder_weight_gradient" if style.split else "encoder_backward"
-    decoder: Kind = "decoder_weight_gradient" if style.split else "decoder_backward"
+    encoder: Kind = "encoder_weight_gradient" if style.split_backward else "encoder_backward"
+    decoder: Kind = "decoder_weight_gradient" if style.split_backward else "decoder_backward"
     limits: dict[Work, tuple[Work, int]] = {}
     for kind, stage in works:
         if kind == "forward":
             limits[kind, stage] = (encoder, stage), policy.in_flight[stage]
-        elif kind == "decoder_forward" or (kind == "decoder" and style.split):
+        elif kind == "decoder_forward" or (kind == "decoder" and style.split_backward):
             limits[kind, stage] = (decoder, stage), policy.open_decoders
     return limits

@@ -104,10 +104,8 @@ def simulate(schedule: Schedule, times: Durations) -> Timeline:
 
 def peak_activation_bytes(schedule: Schedule, memory: Sequence[Memory]) -> tuple[int, ...]:
     """Largest sum of saved activations on each rank; depends on the order only, not on times."""
-    released = {
-        "encoder": "encoder_weight_gradient" if schedule.style.split else "encoder_backward",
-        "decoders": "decoder_weight_gradient" if schedule.style.split else "decoder_backward",
-    }
+    last = "weight_gradient" if schedule.style.split_backward else "backward"
+    released = {"encoder": f"encoder_{last}", "decoders": f"decoder_{last}"}
     peaks = []
     for instructions in schedule.ranks:
         current = peak = 0
@@ -116,7 +114,7 @@ def peak_activation_bytes(schedule: Schedule, memory: Sequence[Memory]) -> tuple
             if instruction.kind == "forward":
                 current += stage.encoder
             elif instruction.kind == "decoder_forward" or (
-                instruction.kind == "decoder" and schedule.style.split
+                instruction.kind == "decoder" and schedule.style.split_backward
             ):
                 current += stage.decoders
             elif instruction.kind == "decoder":

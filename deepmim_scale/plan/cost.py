@@ -19,13 +19,12 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Literal
 
 from deepmim_scale.config import ModelConfig
-
-Precision = Literal["autocast", "pure16", "fp32"]
-"""autocast: fp32 weights and residual stream, 16-bit products; pure16: 16-bit weights too."""
-Reduction = Literal["coalesced", "per_microbatch"]
+from deepmim_scale.methods import method_of
+from deepmim_scale.objectives import objective_of
+from deepmim_scale.objectives.pixels import num_pixels
+from deepmim_scale.pipeline.registry import Reduction
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,6 @@ class Cost:
 def total(costs: Iterable[Cost]) -> Cost:
     """Sum of parts."""
     return sum(costs, start=Cost())
-
-
-def product_width(precision: Precision) -> int:
-    """Bytes of a value that a matrix product makes."""
-    return 4 if precision == "fp32" else 2
 
 
 def _linear(tokens: int, inputs: int, outputs: int, bias: bool = True) -> Cost:
@@ -148,23 +142,23 @@ def encoder_block_cost(config: ModelConfig) -> Cost:
 def embedding_cost(config: ModelConfig) -> Cost:
     """Patch embedding of all L patches, CLS, position table; MIRL: low-level norm and embedding."""
     D, L = config.embed_dim, config.num_patches
-    patch = _linear(L, config.in_chans * config.patch_size**2, D)
+    patch = _linear(L, num_pixels(config), D)
     cost = Cost(
         trainable=patch.trainable + D,
         frozen=(L + 1) * D,
         forward_flops=patch.forward_flops,
         input_gradient_flops=0,  # nobody needs the gradient of the image
         weight_gradient_flops=patch.weight_gradient_flops,
-        saved_values=L * config.in_chans * config.patch_size**2,
+        saved_values=L * num_pixels(config),
     )
-    if config.method == "mirl":
+    if method_of(config).carries:
         cost += _norm(D) + _linear(config.num_visible + 1, D, config.decoder_embed_dim)
     return cost
 
 
 def decoder_context(config: ModelConfig, index: int) -> int:
     """Tokens that decoder `index` (from 0) cross-attends to: all earlier segments and the input."""
-    return (config.num_visible + 1) * (index + 1) if config.method == "mirl" else 0
+    return (config.num_visible + 1) * (index + 1) if method_of(config).carries else 0
 
 
 def tap_cost(config: ModelConfig) -> Cost:
@@ -174,7 +168,7 @@ def tap_cost(config: ModelConfig) -> Cost:
     """
     D, d, C = config.embed_dim, config.decoder_embed_dim, config.num_visible + 1
     embedding = _linear(C, D, d) + Cost(saved_values=C * D)
-    return embedding + _norm(D) if config.method == "mirl" else embedding
+    return embedding + _norm(D) if method_of(config).carries else embedding
 
 
 def _decoder_body_cost(config: ModelConfig, index: int) -> Cost:
@@ -192,7 +186,7 @@ def _decoder_body_cost(config: ModelConfig, index: int) -> Cost:
         _linear(queries, d, config.out_dim),
         Cost(trainable=d, saved_values=saved, saved_residuals=d * queries),
     ]
-    weight_g = Cost(frozen=d if config.method == "mirl" else 0)
+    weight_g = Cost(frozen=d if method_of(config).carries else 0)
     return total(parts) + weight_g
 
 
@@ -206,14 +200,15 @@ def decoder_cost(config: ModelConfig, index: int) -> Cost:
 
 
 def teacher_cost(config: ModelConfig) -> Cost:
-    """Loss cosine: forward of CLIP's frozen ViT-B/16 (12 blocks, width 768) on whole images."""
-    if config.loss != "cosine":
+    """Forward of the target's teacher, if it has one, on whole images."""
+    size = objective_of(config).teacher_size(config)
+    if size is None:
         return Cost()
-    width, tokens, channels = 768, config.num_patches + 1, config.in_chans * config.patch_size**2
+    width, tokens, out = size.width, size.num_tokens, size.out_dim
     parts = [
-        _linear(config.num_patches, channels, width, bias=False),
-        block_cost(width, 4.0, tokens) * 12,
-        _linear(tokens, width, config.teacher_dim, bias=False),
+        _linear(config.num_patches, num_pixels(config), width, bias=False),
+        block_cost(width, size.mlp_ratio, tokens) * size.depth,
+        _linear(tokens, width, out, bias=False) if out else Cost(),
         _norm(width) * 2,
         Cost(trainable=width + width * tokens),  # CLS and position table
     ]
@@ -255,11 +250,11 @@ def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
     encoder = encoder_block_cost(config) * (last - first)
     if first == 0:
         encoder += embedding_cost(config)
-    if last == config.depth and config.method != "mirl":
+    if last == config.depth and not method_of(config).carries:
         hidden = (config.num_visible + 1) * config.embed_dim
         encoder += _norm(config.embed_dim) + Cost(saved_values=hidden, saved_residuals=hidden)
     indices = [index for index, tap in enumerate(config.taps) if first < tap <= last]
-    if config.method == "mirl":
+    if method_of(config).carries:
         encoder += tap_cost(config) * len(indices)
         decoders = [_decoder_body_cost(config, k) + position_table_cost(config) for k in indices]
     else:
@@ -271,30 +266,6 @@ def stage_cost(config: ModelConfig, first: int, last: int) -> StageCost:
 def model_cost(config: ModelConfig) -> StageCost:
     """The whole model, as one stage."""
     return stage_cost(config, 0, config.depth)
-
-
-def segment_of(config: ModelConfig, block: int) -> int:
-    """MIRL: number (from 0) of the segment of block `block` (from 0)."""
-    return block * config.num_segments // config.depth
-
-
-def boundary_bytes(config: ModelConfig, block: int, precision: Precision = "autocast") -> int:
-    """Bytes per image and direction across a boundary before block `block` (from 0).
-
-    The hidden state [C, D]; MIRL adds the carries e_0..e_g of g earlier segments, [C, d] each
-    (for a boundary at a segment's end). The backward direction returns their gradients. Under
-    autocast the hidden state is the fp32 residual stream and travels as it is, so that a boundary
-    changes no bit; carries come out of 16-bit products.
-    """
-    carries = segment_of(config, block) + 1 if config.method == "mirl" else 0
-    hidden = config.embed_dim * (2 if precision == "pure16" else 4)
-    carried = carries * config.decoder_embed_dim * product_width(precision)
-    return (config.num_visible + 1) * (hidden + carried)
-
-
-def prediction_values(config: ModelConfig) -> int:
-    """Values per image of one prediction: [L - K, o], the masked patches only."""
-    return (config.num_patches - config.num_visible) * config.out_dim
 
 
 def zero2_state_bytes(cost: StageCost, replicas: int, reduction: Reduction = "coalesced") -> int:

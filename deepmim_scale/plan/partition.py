@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.methods import method_of
 from deepmim_scale.plan.cost import StageCost, stage_cost
 
 
@@ -74,7 +75,7 @@ def partition(
     `stage_bytes(stage, cost)` is what a stage of that number needs. MIRL is cut into equal runs of
     segments. Raises UserError when no layout fits.
     """
-    if config.method == "mirl":
+    if method_of(config).paired:  # stages hold whole segments, so that pairs of stages are pairs
         run = config.depth // num_stages
         return stages_at(config, range(run, config.depth + 1, run))
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.pipeline.builders import build
-from deepmim_scale.pipeline.ir import Name, Pipeline, Placement
-from deepmim_scale.plan.compatibility import check_combination
+from deepmim_scale.methods.base import Placement
+from deepmim_scale.pipeline.builders import SchedulingProblem
+from deepmim_scale.pipeline.compatibility import combinations
+from deepmim_scale.pipeline.ir import Pipeline
+from deepmim_scale.pipeline.registry import DEFAULT, Reduction, build_schedule, find_schedule
 from deepmim_scale.plan.cost import (
-    Reduction,
     StageCost,
     model_cost,
     stage_cost,
@@ -31,8 +32,9 @@ from deepmim_scale.plan.cost import (
     zero2_traffic_bytes,
 )
 from deepmim_scale.plan.hardware import Gpu, mfu
+from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, format_layout
-from deepmim_scale.plan.timing import layout_of, memory_of, messages_of, pipeline_of, times_of
+from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
 
 MEMORY_SHARE = 0.9
 """Of a GPU's memory; the rest is for communication buckets, work space and fragmentation."""
@@ -65,7 +67,7 @@ class Plan:
     microbatch: int
     """Images."""
     microbatches: int
-    schedule: Name
+    schedule: str
     placement: Placement
     reduction: Reduction
     layout: str
@@ -104,44 +106,36 @@ def to_json(plans: list[Plan]) -> dict[str, Any]:
 
 
 def _plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[Plan]:
-    placements: tuple[Placement, ...] = ("v", "linear") if model.method == "mirl" else ("linear",)
-    names: tuple[Name, ...] = (
-        ("1f1b", "dib") if model.method == "mirl" else ("1f1b", "dib", "dib_w")
-    )
-    for stages in range(1, min(MAX_STAGES, cluster.num_gpus, model.depth) + 1):
-        if cluster.num_gpus % stages:
+    for placement, stages, spec in combinations(model):
+        if stages > MAX_STAGES or cluster.num_gpus % stages or not spec.is_planned:
+            continue
+        # One stage has nothing to wait for: all ways are alike, the default needs least memory.
+        if stages == 1 and (placement, spec.name) != ("linear", DEFAULT):
             continue
         replicas = cluster.num_gpus // stages
-        for placement in placements if stages > 1 else placements[-1:]:
-            # One stage has nothing to wait for: all schedules are alike, dib needs least memory.
-            for name in names if stages > 1 else ("dib",):
-                try:
-                    check_combination(model, stages, name, placement)
-                except UserError:
-                    continue
-                for microbatch in MICROBATCHES:
-                    if global_batch % (microbatch * replicas):
-                        continue
-                    microbatches = global_batch // (microbatch * replicas)
-                    # One backward reduces as often either way; shards need less memory.
-                    once = microbatches == 1 and name != "dib_w"
-                    yield predict(
-                        model,
-                        cluster,
-                        stages,
-                        name,
-                        microbatch,
-                        microbatches,
-                        placement,
-                        "per_microbatch" if once else "coalesced",
-                    )
+        for microbatch in MICROBATCHES:
+            if global_batch % (microbatch * replicas):
+                continue
+            microbatches = global_batch // (microbatch * replicas)
+            # One backward reduces as often either way; shards need less memory.
+            reduction = spec.reductions[-1 if microbatches == 1 else 0]
+            yield predict(
+                model,
+                cluster,
+                stages,
+                spec.name,
+                microbatch,
+                microbatches,
+                placement,
+                reduction,
+            )
 
 
 def predict(
     model: ModelConfig,
     cluster: Cluster,
     stages: int,
-    schedule: Name,
+    schedule: str,
     microbatch: int,
     microbatches: int,
     placement: Placement = "linear",
@@ -180,7 +174,7 @@ def _predict(
     model: ModelConfig,
     cluster: Cluster,
     layout: Layout,
-    schedule: Name,
+    schedule: str,
     microbatch: int,
     microbatches: int,
     placement: Placement,
@@ -197,7 +191,7 @@ def _predict(
         microbatch,
         rate,
         lambda source, target: _seconds_per_byte(cluster, pipeline, replicas, source, target),
-        split=schedule == "dib_w",
+        split=find_schedule(schedule).split_backward,
     )
     held = [
         [stage_cost(model, layout[s].first, layout[s].last) for s in pipeline.stages_of(rank)]
@@ -205,8 +199,7 @@ def _predict(
     ]
     states = [sum(zero2_state_bytes(cost, replicas, reduction) for cost in costs) for costs in held]
     first = min(microbatches, max(8, 2 * stages))
-    built = build(
-        schedule,
+    problem = SchedulingProblem(
         pipeline,
         first,
         times,
@@ -214,6 +207,7 @@ def _predict(
         limit - max(states),
         quick=True,
     )
+    built = build_schedule(schedule, problem)
     timeline = built.timeline
     pace = max(map(sum, zip(timeline.busy, timeline.receiving, strict=True))) / first
     compute = timeline.makespan + (microbatches - first) * pace
@@ -269,7 +263,7 @@ def _seconds_per_byte(
 def _boundary_bytes(model: ModelConfig, layout: Layout, pipeline: Pipeline, microbatch: int) -> int:
     """Sent by the busiest rank for one micro-batch."""
     sent = [0] * pipeline.num_ranks
-    for message in messages_of(model, layout, microbatch):
+    for message in transfers_of(model, layout, microbatch):
         rank = pipeline.rank_of(message.source)
         if rank != pipeline.rank_of(message.target):
             sent[rank] += message.num_bytes

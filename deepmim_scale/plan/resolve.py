@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deepmim_scale.arguments import read_json
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.pipeline.builders import BuiltSchedule, build
-from deepmim_scale.pipeline.ir import Kind, Placement
-from deepmim_scale.pipeline.validate import validate
-from deepmim_scale.plan.compatibility import check_combination
+from deepmim_scale.methods import method_of
+from deepmim_scale.methods.base import Placement
+from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem, simulated
+from deepmim_scale.pipeline.compatibility import check_combination, check_placement
+from deepmim_scale.pipeline.files import schedule_from_json
+from deepmim_scale.pipeline.ir import Kind, Schedule
+from deepmim_scale.pipeline.registry import build_schedule, find_schedule
+from deepmim_scale.pipeline.simulate import Deadlock
+from deepmim_scale.pipeline.validate import ScheduleError, validate
 from deepmim_scale.plan.partition import Layout, format_layout, parse_layout
-from deepmim_scale.plan.timing import (
-    layout_of,
-    memory_of,
-    pipeline_of,
-    profiled_times,
-    times_of,
-)
+from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, profiled_times, times_of
 
 # Only proportions matter to the order of a schedule.
 _FLOPS_PER_SECOND = 1e12
@@ -48,6 +48,28 @@ def choose_layout(model: ModelConfig, stages: int, placement: Placement, text: s
     return layout
 
 
+def read_schedule(
+    path: str, model: ModelConfig, gradient_flow: str = "full"
+) -> tuple[Layout, Schedule]:
+    """Layout and schedule of a file, checked; UserError names the first broken rule."""
+    content = read_json(path)
+    text, placement = content.get("layout", ""), content.get("placement", "linear")
+    if not isinstance(text, str):
+        raise UserError(f"{path}: layout={text!r}: must be text as 6d|2d|2d|2d")
+    layout = parse_layout(text, model)
+    folded = len(layout) > 1 and placement == "v"
+    if folded and len(layout) % 2:
+        raise UserError(f"{path}: layout={text}: the V needs an even number of stages")
+    check_placement(model, len(layout) // 2 if folded else len(layout), placement)
+    pipeline = pipeline_of(model, layout, placement, gradient_flow)
+    schedule = schedule_from_json(path, content, pipeline)
+    try:
+        validate(schedule)
+    except (ScheduleError, Deadlock) as error:
+        raise UserError(f"{path}: {error}") from None
+    return layout, schedule
+
+
 def training_plan(
     config: RunConfig,
     num_microbatches: int,
@@ -55,41 +77,74 @@ def training_plan(
 ) -> TrainingPlan:
     """Layout and checked schedule of a run; UserError for an illegal combination.
 
-    The schedule is built for times in proportion to FLOPs, or for `measured` seconds by kind and
-    stage where they are given.
+    The schedule is read from the run's file, or built for times in proportion to FLOPs, or for
+    `measured` seconds by kind and stage where they are given.
     """
-    model = config.model
-    check_combination(
-        model,
-        config.stages,
-        config.schedule,
-        config.placement,
-        config.reduction,
-        config.gradient_flow,
-    )
-    layout = choose_layout(model, config.stages, config.placement, config.layout)
-    text = format_layout(layout, model)
-    untapped = [
-        stage
-        for stage in layout
-        if not stage.decoders or model.taps[stage.decoders[-1]] != stage.last
-    ]
-    if config.gradient_flow == "local" and untapped:
-        raise UserError(
-            f"gradient_flow=local: layout {text} has blocks that no loss of their stage reaches; "
-            "end every stage with a decoder"
+    given = None
+    if config.schedule_file and measured is None:
+        layout, given = read_schedule(config.schedule_file, config.model, config.gradient_flow)
+        _check_file(config, given, num_microbatches)
+    else:
+        check_combination(
+            config.model,
+            config.stages,
+            config.schedule,
+            config.placement,
+            config.reduction,
+            config.gradient_flow,
         )
-    times = times_of(
-        model, layout, config.microbatch_size, _FLOPS_PER_SECOND, split=config.schedule == "dib_w"
-    )
+        layout = choose_layout(config.model, config.stages, config.placement, config.layout)
+    _check_taps(config, layout)
+    split = given.style.split_backward if given else find_schedule(config.schedule).split_backward
+    if config.compile and split:
+        raise UserError(
+            f"compile=True: schedule={config.schedule} queues weight gradients in Python; "
+            "use schedule dib"
+        )
+    model, size = config.model, config.microbatch_size
+    durations = times_of(model, layout, size, _FLOPS_PER_SECOND, split=split)
     if measured is not None:
-        times = profiled_times(measured, times)
-    built = build(
-        config.schedule,
-        pipeline_of(model, layout, config.placement, config.gradient_flow),
-        num_microbatches,
-        times,
-        memory_of(model, layout, config.microbatch_size),
-    )
+        durations = profiled_times(measured, durations)
+    pipeline = pipeline_of(model, layout, config.placement, config.gradient_flow)
+    memory = memory_of(model, layout, size)
+    problem = SchedulingProblem(pipeline, num_microbatches, durations, memory)
+    built = simulated(given, problem) if given else build_schedule(config.schedule, problem)
     validate(built.schedule)
-    return TrainingPlan(layout, built, text)
+    return TrainingPlan(layout, built, format_layout(layout, model))
+
+
+def _check_file(config: RunConfig, schedule: Schedule, num_microbatches: int) -> None:
+    """A file's schedule against the flags that it must agree with."""
+    path, pipeline = config.schedule_file, schedule.pipeline
+    if config.layout:
+        raise UserError(f"layout={config.layout}: schedule_file={path} has its own; leave it out")
+    if pipeline.num_ranks != config.stages:
+        raise UserError(
+            f"stages={config.stages}: schedule_file={path} is for {pipeline.num_ranks}; "
+            f"use --stages {pipeline.num_ranks}"
+        )
+    if schedule.num_microbatches != num_microbatches:
+        raise UserError(
+            f"microbatches={num_microbatches}: schedule_file={path} orders "
+            f"{schedule.num_microbatches}; use --microbatches {schedule.num_microbatches}"
+        )
+    if schedule.style.split_backward and config.reduction != "coalesced":
+        raise UserError(
+            f"reduction={config.reduction}: schedule_file={path} leaves weight gradients for "
+            "later; use --reduction coalesced"
+        )
+    if config.gradient_flow == "local" and not method_of(config.model).local_gradients:
+        raise UserError(
+            f"gradient_flow=local: {config.model.method} has blocks without a loss of their own "
+            "stage; use gradient_flow=full"
+        )
+
+
+def _check_taps(config: RunConfig, layout: Layout) -> None:
+    taps = config.model.taps
+    ends_untapped = [s for s in layout if not s.decoders or taps[s.decoders[-1]] != s.last]
+    if config.gradient_flow == "local" and ends_untapped:
+        raise UserError(
+            f"gradient_flow=local: layout {format_layout(layout, config.model)} has blocks that no "
+            "loss of their stage reaches; end every stage with a decoder"
+        )

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from deepmim_scale.config import ModelConfig
-from deepmim_scale.pipeline.ir import Durations, Kind, Payload, Pipeline, Placement
+from deepmim_scale.methods import method_of
+from deepmim_scale.methods.base import Placement
+from deepmim_scale.pipeline.ir import Durations, Kind, Pipeline
 from deepmim_scale.pipeline.simulate import Memory
-from deepmim_scale.plan.cost import (
-    Precision,
-    StageCost,
-    boundary_bytes,
-    decoder_cost,
-    prediction_values,
-    product_width,
-    stage_cost,
-)
+from deepmim_scale.plan.cost import StageCost, decoder_cost, stage_cost
+from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, partition
 
 
@@ -45,38 +39,9 @@ def pipeline_of(
         num_ranks=len(layout) // 2 if folded else len(layout),
         decoders=tuple(bool(stage.decoders) for stage in layout),
         placement="v" if folded else "linear",
-        paired=model.method == "mirl",
+        paired=method_of(model).paired,
         local_gradients=gradient_flow == "local",
     )
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """What one micro-batch sends from one stage to another."""
-
-    payload: Payload
-    source: int
-    target: int
-    num_bytes: int
-
-
-def messages_of(
-    model: ModelConfig, layout: Layout, microbatch: int, precision: Precision = "autocast"
-) -> list[Transfer]:
-    """All messages of a micro-batch of so many images, those within a rank included."""
-    width = microbatch * product_width(precision)
-    found = []
-    for lower, stage in enumerate(layout[1:], start=1):
-        size = microbatch * boundary_bytes(model, stage.first, precision)
-        found.append(Transfer("activation", lower - 1, lower, size))
-        found.append(Transfer("gradient", lower, lower - 1, size))
-    if model.method == "mirl":
-        for shallow in range(len(layout) // 2):
-            deep = len(layout) - 1 - shallow
-            size = width * prediction_values(model) * len(layout[shallow].decoders)
-            found.append(Transfer("prediction", shallow, deep, size))
-            found.append(Transfer("prediction_gradient", deep, shallow, size))
-    return found
 
 
 def times_of(
@@ -111,7 +76,7 @@ def times_of(
     transfer = {
         (message.payload, message.source): message.num_bytes
         * seconds_per_byte(message.source, message.target)
-        for message in messages_of(model, layout, microbatch)
+        for message in transfers_of(model, layout, microbatch)
     }
     return Durations(compute, transfer)
 

@@ -13,7 +13,7 @@ from deepmim_scale.arguments import parse_run
 from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import resolve_batch
 from deepmim_scale.errors import UserError
-from deepmim_scale.plan.compatibility import check_combination
+from deepmim_scale.pipeline.compatibility import check_combination
 from deepmim_scale.plan.planner import Plan, predict
 from deepmim_scale.presets import load_preset
 from deepmim_scale.study.settings import StudyArguments

@@ -11,11 +11,11 @@ import tyro
 from pydantic import model_validator
 
 from deepmim_scale.arguments import read_json
-from deepmim_scale.config import FrozenConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
 from deepmim_scale.plan.planner import Cluster
 from deepmim_scale.presets import load_preset
+from deepmim_scale.settings import FrozenConfig
 
 RESULTS = "study.json"
 RUNS = "runs"
@@ -154,7 +154,7 @@ def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
     size = args.microbatch_size or preset.microbatch_size
     batch = args.global_batch or preset.global_batch or size * per_node * args.nodes
     changes = {"gpus_per_node": per_node, "microbatch_size": size, "global_batch": batch}
-    return args.model_copy(update=changes)
+    return args.replace(**changes)
 
 
 def check_folder(args: StudyArguments) -> StudyArguments:
@@ -169,7 +169,7 @@ def check_folder(args: StudyArguments) -> StudyArguments:
         return args
     theirs = read_json(str(saved))["settings"]
     if args.dry_run:  # draws the tables again
-        args = args.model_copy(update={"data": theirs["data"]})
+        args = args.replace(data=theirs["data"])
     for key, value in args.model_dump(mode="json").items():
         if key not in _FREE and theirs.get(key) != value:
             raise UserError(

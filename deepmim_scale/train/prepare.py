@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepmim_scale.arguments import difference
-from deepmim_scale.config import RunConfig, num_steps, pluralize
+from deepmim_scale.checkpoint import networks
+from deepmim_scale.config import RunConfig, num_steps
 from deepmim_scale.data.open_source import open_source
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import Source, good_ids
@@ -21,12 +22,10 @@ from deepmim_scale.ds_config import (
     resolve_ds_config,
 )
 from deepmim_scale.errors import UserError
+from deepmim_scale.objectives import Objective, build_objective, objective_of
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
 from deepmim_scale.runs.folder import check_output
-from deepmim_scale.train.teachers import build_teacher, check_teacher
-
-if TYPE_CHECKING:
-    from torch import nn
+from deepmim_scale.settings import pluralize
 
 # The trainer's profiler schedule, in steps.
 PROFILED = (11, 13)
@@ -49,8 +48,8 @@ class PreparedRun:
     validation: Source | None
     may_resume: bool
     """The output folder holds this run."""
-    teacher: nn.Module | None
-    """Gives targets from (images, noise) where they are not raw pixels."""
+    objective: Objective
+    """Targets and losses, with their teacher on the CPU."""
 
 
 def prepare(config: RunConfig) -> PreparedRun:
@@ -65,10 +64,10 @@ def prepare(config: RunConfig) -> PreparedRun:
             "change --stages or the launcher's number of processes"
         )
     changes = difference(config)
-    config = check_teacher(config)
+    objective_of(config.model).check_run(config, networks)
     batch = resolve_batch(config, num_replicas=world // config.stages)
     pipeline = training_plan(config, batch.microbatches)
-    config = config.model_copy(update={"global_batch": batch.global_batch, "microbatches": None})
+    config = config.replace(global_batch=batch.global_batch, microbatches=None)
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     may_resume = check_output(config)
     if not config.data:
@@ -83,7 +82,8 @@ def prepare(config: RunConfig) -> PreparedRun:
     _check_machine(config, given)
     ds_config, filled_in = resolve_ds_config(given, config, batch)
     # On every rank, so that a mistake is told before any rank waits for another.
-    teacher = build_teacher(config)
+    teacher = objective_of(config.model).load_teacher(config, networks)
+    objective = build_objective(config.model, teacher)
     return PreparedRun(
         config,
         changes,
@@ -95,7 +95,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         train,
         validation,
         may_resume,
-        teacher,
+        objective,
     )
 
 
@@ -126,7 +126,7 @@ def _check_machine(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    if precision_of(ds_config) in ("float16", "pure_float16") and not on_gpu:
+    if precision_of(ds_config).product == "float16" and not on_gpu:
         raise UserError(
             f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
             "use ds_configs/cpu_fp32.json"

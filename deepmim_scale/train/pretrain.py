@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 def pretrain(config: RunConfig) -> None:
     """Pre-train as `config` says, in the processes that the launcher started."""
-    os.environ["DEEPMIM_KERNELS"] = config.kernels  # read when the kernels are imported
     prepared = prepare(config)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(describe(prepared)), flush=True)
     import torch
+    from deepmim_kernels import use_backend
 
     from deepmim_scale.data.backend import BadImage
     from deepmim_scale.parallel import failure, zero
 
+    use_backend(prepared.config.kernels)
     failure.limit_waits(prepared.config.timeout)
     trainer: Trainer | None = None
     try:

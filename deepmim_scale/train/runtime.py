@@ -13,6 +13,7 @@ from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.models.blocks import compile_blocks
 from deepmim_scale.models.weight_queue import split_weight_gradients
+from deepmim_scale.objectives import Objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.executor import Executor
 from deepmim_scale.parallel.p2p import Channels
@@ -31,14 +32,15 @@ class Runtime:
     engine: zero.Engine
     channels: Channels
     executor: Executor
+    objective: Objective
 
     @property
-    def rank(self) -> int:
+    def pp_rank(self) -> int:
         """Place in the pipeline."""
         return self.grid.get_stage_id()
 
     @property
-    def replica(self) -> int:
+    def dp_rank(self) -> int:
         """Which of the pipelines."""
         return self.grid.get_data_parallel_rank()
 
@@ -48,6 +50,7 @@ def build_runtime(
     plan: TrainingPlan,
     ds_config: dict[str, Any],
     device: torch.device,
+    objective: Objective,
     checkpoint: Path | None = None,
 ) -> Runtime:
     """Build this rank's part of a run, with the weights and optimizer state of a checkpoint.
@@ -55,16 +58,16 @@ def build_runtime(
     Every rank calls it; ds_config is resolved (no "auto").
     """
     grid, schedule = zero.build_grid(config.stages), plan.built.schedule
-    rank = grid.get_stage_id()
+    pp_rank = grid.get_stage_id()
     stages = build_rank(
         config.model,
         plan.layout,
         schedule.pipeline,
-        rank,
+        pp_rank,
         seed=config.seed,
         recompute=config.recompute,
     )
-    if schedule.style.split:
+    if schedule.style.split_backward:
         split_weight_gradients(stages)
     if config.compile:
         compile_blocks(stages)
@@ -82,14 +85,6 @@ def build_runtime(
     if checkpoint is not None:
         load_optimizer(checkpoint, engine)
     channels = Channels(schedule, grid.pipe_groups, device, config.timeout)
-    executor = Executor(
-        schedule,
-        rank,
-        stages,
-        channels,
-        config.model,
-        plan.layout,
-        precision=precision_of(ds_config),
-        device=device,
-    )
-    return Runtime(grid, stages, engine, channels, executor)
+    objective.to(device)
+    executor = Executor(plan, pp_rank, stages, channels, objective, precision_of(ds_config))
+    return Runtime(grid, stages, engine, channels, executor, objective)

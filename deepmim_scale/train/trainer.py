@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepmim_scale.batch import Batch
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import save_checkpoint
-from deepmim_scale.config import num_steps
+from deepmim_scale.config import ModelConfig, num_steps
 from deepmim_scale.data.choose_backend import build_backend
 from deepmim_scale.data.step_loader import (
     FeedOptions,
@@ -30,8 +30,9 @@ from deepmim_scale.data.step_loader import (
 )
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import UserError
-from deepmim_scale.models.stage import decoder_names, loss_members, loss_weight
+from deepmim_scale.methods import decoder_names, losses_of
 from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.runs.folder import CONFIG, write_config
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
@@ -55,19 +56,21 @@ class Trainer:
         self.total_steps = num_steps(prepared.config, self.samples.steps_per_epoch)
         self.progress = Progress(is_main=dist.get_rank() == 0)
         self.checkpoint = self._find_checkpoint()
+        self.objective = prepared.objective
         runtime = build_runtime(
-            prepared.config, prepared.pipeline, prepared.ds_config, device, self.checkpoint
+            prepared.config,
+            prepared.pipeline,
+            prepared.ds_config,
+            device,
+            self.objective,
+            self.checkpoint,
         )
         self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
-        self.rank, self.replica = runtime.rank, runtime.replica
+        self.pp_rank, self.dp_rank = runtime.pp_rank, runtime.dp_rank
         self.step = self.updates = 0
         if self.checkpoint is not None:
             state = files.read_state(self.checkpoint)
             self.step, self.updates = state["step"], state["updates"]
-        pipeline = prepared.pipeline.built.schedule.pipeline
-        has_decoders = any(pipeline.decoders[stage] for stage in pipeline.stages_of(self.rank))
-        if prepared.teacher and has_decoders:
-            self.executor.teacher = prepared.teacher.to(device)
 
     def _find_checkpoint(self) -> Path | None:
         # Digests are read once, by rank 0, and its finding holds for all.
@@ -181,17 +184,17 @@ class Trainer:
             config,
             self.prepared.train,
             self.samples,
-            Share(self.replica, batch.num_replicas, batch.microbatches),
+            Share(self.dp_rank, batch.num_replicas, batch.microbatches),
             Span(self.step, self.total_steps - self.step),
             FeedOptions(config.feed, config.check_feed, config.on_bad),
-            group=groups[self.replica] if groups else None,
+            group=groups[self.dp_rank] if groups else None,
             backend=backend,
             device=self.device,
         )
 
     def _train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
         began = time.perf_counter()
-        config, names = self.config, list(loss_members(self.config.model))
+        config, names = self.config, losses_of(self.config.model)
         epoch = self.step / self.samples.steps_per_epoch
         rate = learning_rate(
             peak_learning_rate(config, self.prepared.batch.global_batch),
@@ -206,6 +209,8 @@ class Trainer:
         owners = ["encoder", *decoder_names(config.model).values()]
         norms = zero.gradient_norms(self.engine, owners, gradient_owner)
         norm, applied = zero.apply_step(self.engine, rate)
+        if applied:
+            self.objective.after_step(global_parameters(self.engine.module))
         self.step += 1
         self.updates += applied
         # A loss is known on the rank that evaluates it; elsewhere it counts as 0.
@@ -220,7 +225,7 @@ class Trainer:
         row = {
             "step": self.step,
             "epoch": epoch,
-            "loss": sum(losses.values()) * loss_weight(config.model),
+            "loss": total_loss(config.model, losses),
             "losses": losses,
             "grad_norm": norm,
             "grad_norms": {name: float(value) for name, value in norms.items()},
@@ -257,12 +262,12 @@ class Trainer:
         """Validation losses under fixed masks, as row entries."""
         validation, replicas = self.prepared.validation, self.prepared.batch.num_replicas
         assert validation is not None, "validation needs validation images"
-        names = list(loss_members(self.config.model))
+        names = losses_of(self.config.model)
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         for batch in iter_validation(
             self.config,
             validation,
-            dp_rank=self.replica,
+            dp_rank=self.dp_rank,
             num_replicas=replicas,
             on_bad=self.config.on_bad,
             device=self.device,
@@ -270,10 +275,10 @@ class Trainer:
             found = self.executor.evaluate(batch.to(self.device))
             size = len(batch.images)
             sums[:-1] += sums.new_tensor([float(found.get(name, 0.0)) * size for name in names])
-            sums[-1] += size * (self.rank == 0)
+            sums[-1] += size * (self.pp_rank == 0)
         dist.all_reduce(sums)
         losses = dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
-        total = sum(losses.values()) * loss_weight(self.config.model)
+        total = total_loss(self.config.model, losses)
         return {"validation_loss": total, "validation_losses": losses}
 
     def reschedule(self) -> None:
@@ -289,7 +294,7 @@ class Trainer:
                 found.setdefault(key, []).append(seconds)
         measured = {key: sum(values) / len(values) for key, values in found.items()}
         built = training_plan(self.config, self.prepared.batch.microbatches, measured).built
-        self.executor.schedule = built.schedule
+        self.executor.replace_schedule(built.schedule)
         self.progress.print_main(
             f"schedule rebuilt from measured times: simulated {built.timeline.makespan * 1e3:.1f} "
             f"ms per step, idle share {built.timeline.idle_fraction:.1%}"
@@ -310,8 +315,8 @@ class Trainer:
             config.output,
             self.step,
             self.engine,
-            stage=self.rank,
-            replica=self.replica,
+            stage=self.pp_rank,
+            replica=self.dp_rank,
             state=state,
         )
         if dist.get_rank() == 0:
@@ -328,6 +333,11 @@ class Trainer:
             on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
         ) as profiler:
             yield profiler
+
+
+def total_loss(model: ModelConfig, losses: dict[str, float]) -> float:
+    """The weighted sum of all losses."""
+    return sum(losses[name] * loss.weight for name, loss in losses_of(model).items())
 
 
 def gradient_owner(name: str) -> str:

@@ -4,7 +4,14 @@
 >>> loss = masked_mse(pred, images, ids=masked_ids, patch_size=16)  # doctest: +SKIP
 """
 
-from deepmim_kernels._dispatch import use_triton
+from deepmim_kernels._dispatch import use_backend, use_triton
 from deepmim_kernels.api import decoder_assemble, gather_patches, masked_cosine, masked_mse
 
-__all__ = ["decoder_assemble", "gather_patches", "masked_cosine", "masked_mse", "use_triton"]
+__all__ = [
+    "decoder_assemble",
+    "gather_patches",
+    "masked_cosine",
+    "masked_mse",
+    "use_backend",
+    "use_triton",
+]

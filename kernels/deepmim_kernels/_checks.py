@@ -61,9 +61,23 @@ def pixel_scale(
     return list(mean), list(std)
 
 
+def same_batch(name: str, tensor: Tensor, pred: Tensor) -> None:
+    require(
+        tensor.shape[0] == pred.shape[0],
+        f"{name} and pred have batches of {tensor.shape[0]} and {pred.shape[0]}; "
+        "they must be equal",
+    )
+
+
+def patch_ids(ids: Tensor) -> None:
+    # torch.gather takes int64 only; the kernels would take any type, and truncate floats.
+    require(ids.dtype == torch.int64, f"ids are {ids.dtype}; pass torch.int64")
+
+
 def selection(
     pred: Tensor, mask: Tensor | None, ids: Tensor | None, num_patches: int, prefix_tokens: int
 ) -> None:
+    """What shapes tell of `mask` or `ids`; that ids lie below L is not read from the device."""
     require(pred.ndim == 3, f"pred must be [B, T, D], not {pred.ndim}-d")
     require((mask is None) != (ids is None), "pass exactly one of mask and ids")
     batch, num_tokens, _ = pred.shape
@@ -72,6 +86,11 @@ def selection(
             ids.shape == (batch, num_tokens) and prefix_tokens == 0,
             f"ids {tuple(ids.shape)} and prefix_tokens={prefix_tokens} do not fit packed "
             f"pred {tuple(pred.shape)}; pass ids [B, K], prefix_tokens 0",
+        )
+        patch_ids(ids)
+        require(
+            num_tokens <= num_patches,
+            f"ids name {num_tokens} patches of {num_patches}; each masked patch comes once",
         )
         return
     assert mask is not None, "one of mask and ids is given"

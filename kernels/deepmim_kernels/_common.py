@@ -71,10 +71,10 @@ def row_scale(upstream_ptr, count_ptr):
 
 
 @triton.jit
-def rescale_kernel(grad_ptr, upstream_ptr, hint_ptr, numel, BLOCK: tl.constexpr):
+def rescale_kernel(grad_ptr, upstream_ptr, expected_ptr, numel, BLOCK: tl.constexpr):
     ratio = tl.load(upstream_ptr)
-    if hint_ptr is not None:
-        ratio = ratio / tl.load(hint_ptr)
+    if expected_ptr is not None:
+        ratio = ratio / tl.load(expected_ptr)
     # Decided on the device: reading the ratio on the host would stop the stream at every loss.
     if ratio != 1.0:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -84,15 +84,17 @@ def rescale_kernel(grad_ptr, upstream_ptr, hint_ptr, numel, BLOCK: tl.constexpr)
 
 
 @torch.library.custom_op("deepmim::rescale_", mutates_args={"grad"})
-def rescale_(grad: Tensor, upstream: Tensor, hint: Tensor | None) -> None:
-    """grad *= upstream / hint, for a contiguous `grad`; free when the two scalars are equal."""
+def rescale_(grad: Tensor, upstream: Tensor, expected_scale: Tensor | None) -> None:
+    """grad *= upstream / expected_scale for a contiguous `grad`; free when the two are equal."""
     block = 4096
     grid = (triton.cdiv(grad.numel(), block),)
-    launch(rescale_kernel, grid, grad, upstream, hint, grad.numel(), BLOCK=block, num_warps=4)
+    launch(
+        rescale_kernel, grid, grad, upstream, expected_scale, grad.numel(), BLOCK=block, num_warps=4
+    )
 
 
 @rescale_.register_fake
-def _(grad: Tensor, upstream: Tensor, hint: Tensor | None) -> None:
+def _(grad: Tensor, upstream: Tensor, expected_scale: Tensor | None) -> None:
     return None
 
 
@@ -104,10 +106,10 @@ def onepass_gradient(ctx: Any, upstream: Tensor) -> Tensor:
             "use mode='recompute'"
         )
     ctx.spent = True
-    grad, hint = ctx.saved_tensors
+    grad, expected_scale = ctx.saved_tensors
     if type(grad) is Tensor:
-        rescale_(grad, upstream, hint)
+        rescale_(grad, upstream, expected_scale)
         return grad
     # Traced: a graph may not write to a tensor that another one returned, and it fuses this.
-    ratio = upstream if hint is None else upstream / hint
+    ratio = upstream if expected_scale is None else upstream / expected_scale
     return (grad.float() * ratio).to(grad.dtype)

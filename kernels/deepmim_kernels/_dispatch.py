@@ -2,41 +2,58 @@
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+BACKENDS = get_args(Backend)
 
 TRITON_AVAILABLE = importlib.util.find_spec("triton") is not None
 # Triton fixes this when a kernel is decorated, so it is read once, when the package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What backend="auto" means; a module constant because a compiled graph cannot read the environment.
+# What backend="auto" means. A module constant, for a compiled graph cannot read the environment:
+# torch.compile guards on its value, and traces again when `use_backend` changes it.
 DEFAULT_BACKEND = os.environ.get("DEEPMIM_KERNELS", "auto")
 
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
 
+def use_backend(name: Backend) -> None:
+    """Set what backend="auto" means from now on, instead of the variable `DEEPMIM_KERNELS`.
+
+    `auto` is Triton on a GPU that supports the kernel and the reference elsewhere; `triton` and
+    `torch` are that implementation always. Raises `ValueError` for another name.
+    """
+    global DEFAULT_BACKEND
+    _check_name(name)
+    DEFAULT_BACKEND = name
+
+
 def use_triton(backend: str, *tensors: Tensor) -> bool:
     """Whether these tensors (the floating inputs of one call) go to the Triton kernel.
 
-    `auto` means the value of `DEEPMIM_KERNELS`, and where that is unset Triton on a GPU that
-    supports the kernel and the reference elsewhere.
+    `auto` means what `use_backend` set last, else the value of `DEEPMIM_KERNELS` at import, and
+    where that is unset Triton on a GPU that supports the kernel and the reference elsewhere.
     Raises `ValueError` for an unknown backend, or for `triton` where it cannot run.
     """
     choice = DEFAULT_BACKEND if backend == "auto" else backend
-    if choice not in ("auto", "triton", "torch"):
-        raise ValueError(
-            f"backend={choice!r} is not a kernel backend; "
-            "use 'auto', 'triton' or 'torch' (argument `backend` or variable DEEPMIM_KERNELS)"
-        )
+    _check_name(choice)
     if choice == "torch":
         return False
     obstacle = _obstacle(tensors)
     if choice == "triton" and obstacle is not None:
         raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='auto' or 'torch'")
     return obstacle is None and (choice == "triton" or tensors[0].is_cuda)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(
+            f"backend={name!r} is not a kernel backend; use 'auto', 'triton' or 'torch' "
+            "(argument `backend`, use_backend or variable DEEPMIM_KERNELS)"
+        )
 
 
 def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:

@@ -135,7 +135,7 @@ def mse_call(
         patch_size=patch,
         prefix_tokens=0 if packed else 1,
         norm_pix=True,
-        alpha=0.5,
+        mix_alpha=0.5,
         mean=MEAN if uint8 else (),
         std=STD if uint8 else (),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepmim_kernels import _checks as check
 from deepmim_kernels import reference
+from deepmim_kernels._deprecated import accept_old_keywords
 from deepmim_kernels._dispatch import TRITON_AVAILABLE, Backend, use_triton
 
 if TRITON_AVAILABLE:
@@ -24,6 +25,9 @@ Mode = Literal["auto", "onepass", "recompute"]
 Loss = Any  # a Tensor, or (Tensor, Tensor) with return_rows=True
 
 
+@accept_old_keywords(
+    hint=("expected_grad_scale",), pred2=("paired_pred",), hybrid=("mix_target", "mix_alpha")
+)
 def masked_mse(
     pred: Tensor,
     images: Tensor,
@@ -35,10 +39,11 @@ def masked_mse(
     prefix_tokens: int = 0,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
-    pred2: Tensor | None = None,
-    hybrid: tuple[Tensor, float] | None = None,
+    paired_pred: Tensor | None = None,
+    mix_target: Tensor | None = None,
+    mix_alpha: float = 1.0,
     mode: Mode = "auto",
-    hint: float | Tensor = 1.0,
+    expected_grad_scale: float | Tensor = 1.0,
     backend: Backend = "auto",
     return_rows: bool = False,
 ) -> Loss:
@@ -53,13 +58,17 @@ def masked_mse(
         ids: [B, K] int64, the patch that each packed prediction belongs to, below L.
         norm_pix: regress patches with mean 0 and unbiased variance 1 (eps 1e-6), else pixels.
         prefix_tokens: leading tokens of `pred` that are no patches, such as CLS.
-        pred2: a second prediction added to `pred` (MIRL section 3); both get the same gradient.
-        hybrid: (prediction of a frozen generator, alpha): the target becomes
-            alpha * target + (1 - alpha) * generator (DeepMIM section 3), shaped like `pred`.
+        paired_pred: a second prediction added to `pred` (MIRL section 3), in its shape and dtype;
+            both get the same gradient.
+        mix_target: a second target, shaped like `pred`, such as a frozen model's reconstruction:
+            the target becomes mix_alpha * target + (1 - mix_alpha) * mix_target (DeepMIM's hybrid
+            target, section 3). No gradient.
+        mix_alpha: share of the image in that target; needs `mix_target` where it is not 1.
         mode: `onepass` stores the gradient in the forward pass, `recompute` computes it in the
             backward pass; `auto` is `recompute` for fp16, which would underflow.
-        hint: upstream gradient expected by `onepass` (loss scale / micro-batches); a tensor stays
-            on the device. Any value is correct, the right one saves a pass over the gradient.
+        expected_grad_scale: upstream gradient that `onepass` expects (loss scale / micro-batches);
+            a tensor stays on the device. Any value is correct, the right one saves a pass over
+            the gradient.
         return_rows: also return the weighted row losses [B, L] or [B, K], detached.
 
     Returns the loss [] in fp32 (float64 for float64 inputs); 0 when nothing is masked.
@@ -68,6 +77,7 @@ def masked_mse(
     mean, std = check.pixel_scale(images, pixel_mean, pixel_std)
     num_patches = check.num_patches(images, patch_size)
     check.selection(pred, mask, ids, num_patches, prefix_tokens)
+    check.same_batch("images", images, pred)
     expected = patch_size * patch_size * images.shape[1]
     check.require(
         pred.shape[2] == expected,
@@ -75,50 +85,57 @@ def masked_mse(
         f"{images.shape[1]} channels needs {expected}: set the width of the prediction head",
     )
     check.no_gradient("images", images)
-    generator, alpha = (None, 1.0) if hybrid is None else hybrid
-    if generator is not None:
-        check.same_shape("hybrid[0]", generator, pred)
-        check.no_gradient("hybrid[0]", generator)
-    if pred2 is not None:
-        check.same_shape("pred2", pred2, pred)
-        check.require(pred2.dtype == pred.dtype, f"pred2 is {pred2.dtype}; cast it to {pred.dtype}")
-    others = [x for x in (pred2, generator) if x is not None]
-    onepass = _onepass(mode, pred, pred2)
+    check.require(
+        mix_target is not None or mix_alpha == 1.0,
+        f"mix_alpha={mix_alpha:g} mixes nothing; pass mix_target",
+    )
+    if mix_target is not None:
+        check.same_shape("mix_target", mix_target, pred)
+        check.no_gradient("mix_target", mix_target)
+    if paired_pred is not None:
+        check.same_shape("paired_pred", paired_pred, pred)
+        check.require(
+            paired_pred.dtype == pred.dtype,
+            f"paired_pred is {paired_pred.dtype}; cast it to {pred.dtype}",
+        )
+    others = [x for x in (paired_pred, mix_target) if x is not None]
+    onepass = _onepass(mode, pred, paired_pred)
     if not use_triton(backend, pred, images, *others):
         loss, rows = reference.masked_mse(
             pred,
-            pred2,
-            generator,
+            paired_pred,
+            mix_target,
             images,
             mask,
             ids,
             patch_size=patch_size,
             prefix_tokens=prefix_tokens,
             norm_pix=norm_pix,
-            alpha=alpha,
+            mix_alpha=mix_alpha,
             mean=mean,
             std=std,
         )
         return (loss, rows.detach()) if return_rows else loss
     loss, rows, _ = masked_mse_op(
         pred,
-        pred2,
-        generator,
+        paired_pred,
+        mix_target,
         images,
         *_selection(mask, ids),
-        _hint(hint, pred),
+        _grad_scale(expected_grad_scale, pred),
         _count(mask),
         onepass,
         patch_size,
         prefix_tokens,
         norm_pix,
-        alpha,
+        mix_alpha,
         mean,
         std,
     )
     return (loss, rows[:, prefix_tokens:].detach()) if return_rows else loss
 
 
+@accept_old_keywords(hint=("expected_grad_scale",))
 def masked_cosine(
     pred: Tensor,
     teacher: Tensor,
@@ -128,7 +145,7 @@ def masked_cosine(
     prefix_tokens: int = 0,
     teacher_prefix_tokens: int = 0,
     mode: Mode = "auto",
-    hint: float | Tensor = 1.0,
+    expected_grad_scale: float | Tensor = 1.0,
     backend: Backend = "auto",
     return_rows: bool = False,
 ) -> Loss:
@@ -165,7 +182,7 @@ def masked_cosine(
         pred,
         teacher,
         *_selection(mask, ids),
-        _hint(hint, pred),
+        _grad_scale(expected_grad_scale, pred),
         _count(mask),
         onepass,
         prefix_tokens,
@@ -236,6 +253,7 @@ def gather_patches(
         ids.ndim == 2 and ids.shape[0] == images.shape[0],
         f"ids {tuple(ids.shape)} must be [B, K] with B = {images.shape[0]} images",
     )
+    check.patch_ids(ids)
     check.no_gradient("images", images)
     if use_triton(backend, images):
         return gather_patches_op(images, ids.contiguous(), patch_size, mean, std)
@@ -258,10 +276,11 @@ def _count(mask: Tensor | None) -> Tensor | None:
     return count.masked_fill(count == 0, 1.0)
 
 
-def _hint(hint: float | Tensor, pred: Tensor) -> Tensor | None:
-    if isinstance(hint, Tensor):
-        return hint.to(torch.float32)
-    return None if hint == 1.0 else torch.full((), hint, device=pred.device)
+def _grad_scale(scale: float | Tensor, pred: Tensor) -> Tensor | None:
+    """The expected upstream gradient as an fp32 scalar on the device; None for 1."""
+    if isinstance(scale, Tensor):
+        return scale.to(torch.float32)
+    return None if scale == 1.0 else torch.full((), scale, device=pred.device)
 
 
 def _onepass(mode: str, *preds: Tensor | None) -> bool:

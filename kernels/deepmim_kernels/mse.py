@@ -1,11 +1,11 @@
 """Masked mean squared error against the pixels of the image, fused.
 
     x[n, d]  = pixel of patch n, d = (row * P + column) * C + channel
-    t        = (x - mean(x)) / sqrt(var(x) + 1e-6)      per patch, unbiased variance (norm_pix)
-    t        = alpha * t + (1 - alpha) * generator      hybrid target, optional
-    r        = pred (+ pred2) - t
+    t        = (x - mean(x)) / sqrt(var(x) + 1e-6)          norm_pix: per patch, unbiased variance
+    t        = mix_alpha * t + (1 - mix_alpha) * mix_target   optional: DeepMIM's hybrid target
+    r        = pred (+ paired_pred) - t
     loss     = sum_n m[n] * mean_d(r^2) / sum_n m[n]
-    dloss/dp = 2 * r * m[n] / (D * sum m)               the same tensor for pred and pred2
+    dloss/dp = 2 * r * m[n] / (D * sum m)                   one tensor for pred and paired_pred
 
 Shapes: B batch, L patches, T tokens of a prediction (L + prefix, or K packed), K masked patches,
 C channels, H x W image, P patch side, D = P * P * C.
@@ -32,8 +32,8 @@ from deepmim_kernels.row_loss import register_row_loss
 @triton.jit
 def masked_mse_kernel(
     pred_ptr,
-    pred2_ptr,
-    generator_ptr,
+    paired_ptr,
+    mix_target_ptr,
     images_ptr,
     mask_ptr,
     ids_ptr,
@@ -45,7 +45,7 @@ def masked_mse_kernel(
     image_c,
     image_y,
     image_x,
-    alpha,
+    mix_alpha,
     P: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -82,14 +82,14 @@ def masked_mse_kernel(
             centered = tl.where(inside, target - tl.sum(target, axis=0) / D, 0.0)
             variance = tl.sum(centered * centered, axis=0) / (D - 1)
             target = centered / tl.sqrt(variance + 1e-6)
-        if generator_ptr is not None:
-            generated = tl.load(generator_ptr + row * D + d, mask=inside, other=0.0)
-            target = alpha * target + (1.0 - alpha) * generated.to(tl.float32)
+        if mix_target_ptr is not None:
+            generated = tl.load(mix_target_ptr + row * D + d, mask=inside, other=0.0)
+            target = mix_alpha * target + (1.0 - mix_alpha) * generated.to(tl.float32)
         pred = tl.load(pred_ptr + row * D + d, mask=inside, other=0.0)
         residual = pred.to(tl.float32) - target
-        if pred2_ptr is not None:
-            pred2 = tl.load(pred2_ptr + row * D + d, mask=inside, other=0.0)
-            residual += pred2.to(tl.float32)
+        if paired_ptr is not None:
+            paired_pred = tl.load(paired_ptr + row * D + d, mask=inside, other=0.0)
+            residual += paired_pred.to(tl.float32)
         if rows_ptr is not None:
             tl.store(rows_ptr + row, weight * tl.sum(residual * residual, axis=0) / D)
         if grad_ptr is not None:
@@ -103,8 +103,8 @@ def launch_masked_mse(
     rows: Tensor | None,
     grad: Tensor | None,
     pred: Tensor,
-    pred2: Tensor | None,
-    generator: Tensor | None,
+    paired_pred: Tensor | None,
+    mix_target: Tensor | None,
     images: Tensor,
     mask: Tensor | None,
     ids: Tensor | None,
@@ -113,7 +113,7 @@ def launch_masked_mse(
     patch_size: int,
     prefix_tokens: int,
     norm_pix: bool,
-    alpha: float,
+    mix_alpha: float,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
@@ -124,8 +124,8 @@ def launch_masked_mse(
         masked_mse_kernel,
         (num_tokens, batch),
         pred.contiguous(),
-        None if pred2 is None else pred2.contiguous(),
-        None if generator is None else generator.contiguous(),
+        None if paired_pred is None else paired_pred.contiguous(),
+        None if mix_target is None else mix_target.contiguous(),
         images,
         mask,
         ids,
@@ -134,7 +134,7 @@ def launch_masked_mse(
         rows,
         grad,
         *images.stride(),
-        alpha,
+        mix_alpha,
         P=patch_size,
         C=images.shape[1],
         BLOCK=block,
@@ -150,9 +150,9 @@ def launch_masked_mse(
 masked_mse_op = register_row_loss(
     "masked_mse",
     launch_masked_mse,
-    inputs="Tensor pred, Tensor? pred2, Tensor? generator, Tensor images, Tensor? mask, "
+    inputs="Tensor pred, Tensor? paired_pred, Tensor? mix_target, Tensor images, Tensor? mask, "
     "Tensor? ids",
-    settings="int patch_size, int prefix_tokens, bool norm_pix, float alpha, float[] mean, "
+    settings="int patch_size, int prefix_tokens, bool norm_pix, float mix_alpha, float[] mean, "
     "float[] std",
     has_pair=True,
 )

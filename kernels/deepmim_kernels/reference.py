@@ -45,19 +45,27 @@ def take_rows(x: Tensor, ids: Tensor) -> Tensor:
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def masked_mean(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum(rows * mask) / sum(mask) over the batch, and the weighted rows [B, T]."""
-    if mask is None:
+def fill_unmasked(x: Tensor, weights: Tensor | None, value: float) -> Tensor:
+    """x [B, L, D] with `value` in the rows of weight 0, which then get gradient 0.
+
+    A product with the weights would not do: 0 * NaN is NaN, in the loss and in every gradient.
+    """
+    return x if weights is None else x.masked_fill((weights == 0).unsqueeze(-1), value)
+
+
+def masked_mean(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum(rows * weights) / sum(weights) over the batch, and the weighted rows [B, L] or [B, K]."""
+    if weights is None:
         return rows.mean(), rows
-    weighted = rows * mask
-    count = mask.sum()
+    weighted = rows * weights
+    count = weights.sum()
     return weighted.sum() / count.masked_fill(count == 0, 1.0), weighted
 
 
 def masked_mse(
     pred: Tensor,
-    pred2: Tensor | None,
-    generator: Tensor | None,
+    paired_pred: Tensor | None,
+    mix_target: Tensor | None,
     images: Tensor,
     mask: Tensor | None,
     ids: Tensor | None,
@@ -65,7 +73,7 @@ def masked_mse(
     patch_size: int,
     prefix_tokens: int,
     norm_pix: bool,
-    alpha: float,
+    mix_alpha: float,
     mean: Floats,
     std: Floats,
 ) -> tuple[Tensor, Tensor]:
@@ -78,13 +86,16 @@ def masked_mse(
         target = take_rows(target, ids)
     if norm_pix:
         target = normalize_patches(target)
-    if generator is not None:
-        target = alpha * target + (1 - alpha) * generator[:, prefix_tokens:]
+    if mix_target is not None:
+        # A number times a 16-bit tensor would be rounded to 16 bits.
+        mix_target = mix_target[:, prefix_tokens:].to(dtype)
+        target = mix_alpha * target + (1 - mix_alpha) * mix_target
     residual = pred[:, prefix_tokens:] - target
-    if pred2 is not None:
-        residual = residual + pred2[:, prefix_tokens:]
-    rows = (residual**2).mean(dim=-1)
-    return masked_mean(rows, None if mask is None else mask.to(dtype))
+    if paired_pred is not None:
+        residual = residual + paired_pred[:, prefix_tokens:]
+    weights = None if mask is None else mask.to(dtype)
+    rows = (fill_unmasked(residual, weights, 0.0) ** 2).mean(dim=-1)
+    return masked_mean(rows, weights)
 
 
 def masked_cosine(
@@ -101,10 +112,13 @@ def masked_cosine(
     pred, teacher = pred[:, prefix_tokens:], teacher[:, teacher_prefix_tokens:]
     if ids is not None:
         teacher = take_rows(teacher, ids)
+    weights = None if mask is None else mask.to(dtype)
+    # Before the division: what it makes of a row of zeros is NaN, and so is its gradient.
+    pred, teacher = fill_unmasked(pred, weights, 1.0), fill_unmasked(teacher, weights, 1.0)
     pred = pred / torch.linalg.vector_norm(pred, dim=-1, keepdim=True, dtype=dtype)
     teacher = teacher / torch.linalg.vector_norm(teacher, dim=-1, keepdim=True, dtype=dtype)
     rows = 2 - 2 * (pred * teacher).sum(dim=-1)
-    return masked_mean(rows, None if mask is None else mask.to(dtype))
+    return masked_mean(rows, weights)
 
 
 def decoder_assemble(

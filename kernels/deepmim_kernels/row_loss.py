@@ -22,11 +22,14 @@ def register_row_loss(
 
     `inputs` and `settings` are parts of the op's schema; the first input is the prediction, and
     with `has_pair` the second may be another one that shares its gradient. The op takes the
-    inputs, hint, count, onepass and the settings, and returns the loss [], the weighted rows
-    [B, T] in fp32 and, if `onepass`, the gradient [B, T, D] at scale `hint`.
+    inputs, expected_scale, count, onepass and the settings, and returns the loss [], the weighted
+    rows [B, T] in fp32 and, if `onepass`, the gradient [B, T, D] for the upstream gradient
+    `expected_scale`.
     """
     num_inputs = inputs.count(",") + 1
-    num_others = num_inputs + 1  # hint or upstream, and count, but for the prediction itself
+    num_others = (
+        num_inputs + 1
+    )  # expected_scale or upstream, and count, but for the prediction itself
 
     def outputs(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         rows = pred.new_empty(pred.shape[:2], dtype=torch.float32)
@@ -53,7 +56,7 @@ def register_row_loss(
         f"deepmim::{name}",
         forward,
         mutates_args=(),
-        schema=f"({inputs}, Tensor? hint, Tensor? count, bool onepass, {settings})"
+        schema=f"({inputs}, Tensor? expected_scale, Tensor? count, bool onepass, {settings})"
         " -> (Tensor loss, Tensor rows, Tensor grad)",
     )
     op.register_fake(outputs)
@@ -67,14 +70,14 @@ def register_row_loss(
     gradient_op.register_fake(empty_gradient)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, hint, count, onepass = inputs[: num_inputs + 3]
+        *tensors, expected_scale, count, onepass = inputs[: num_inputs + 3]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         ctx.settings = inputs[num_inputs + 3 :]
         ctx.onepass = onepass
         ctx.pair = has_pair and tensors[1] is not None
         ctx.spent = False
-        ctx.save_for_backward(*((output[2], hint) if onepass else (*tensors, count)))
+        ctx.save_for_backward(*((output[2], expected_scale) if onepass else (*tensors, count)))
 
     def backward(
         ctx: Any, upstream: Tensor | None, *unused: Tensor | None

@@ -65,7 +65,7 @@ def model_config(case: dict[str, Any]) -> ModelConfig:
 
 
 def prepared(case: dict[str, Any], **changes: Any) -> Model:
-    config = model_config(case).model_copy(update=changes)
+    config = model_config(case).replace(**changes)
     model = build_model(config).double()
     state = {}
     for ours, theirs in official_names(model).items():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.plan.compatibility import check_combination
+from deepmim_scale.pipeline.compatibility import check_combination
 
 SCRIPT = Path(__file__).with_name("pipelines.py")
 METHODS = ("mae", "deepmim", "mirl")

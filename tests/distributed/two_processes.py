@@ -49,7 +49,7 @@ def engine_for(
     settings: str = "cpu_fp32",
     clip: float = 0.0,
 ) -> tuple[Model, zero.Engine]:
-    run = debug().model_copy(update={"clip_grad": clip})
+    run = debug().replace(clip_grad=clip)
     content = load_ds_config(str(ROOT / "ds_configs" / f"{settings}.json"))
     sizes = BatchSizes(BATCH, microbatches, dist.get_world_size())
     resolved, _ = resolve_ds_config(content, run, sizes)

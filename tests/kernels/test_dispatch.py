@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ from deepmim_kernels import (
     gather_patches,
     masked_cosine,
     masked_mse,
+    use_backend,
 )
+
+from deepmim_scale.config import RunConfig
+from deepmim_scale.parallel import failure
+from deepmim_scale.train import pretrain
 
 CPU_ONLY = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter runs on the CPU")
 IMAGES = torch.zeros(2, 3, 8, 12)
@@ -83,6 +89,46 @@ def test_the_variable_sets_the_default_and_the_argument_wins() -> None:
     assert "backend='fast' is not a kernel backend" in result.stderr.splitlines()[-1]
 
 
+def test_use_backend_holds_for_calls_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")  # put back at the end
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    tensor: Any = FakeCuda(torch.float32)
+    for name, runs in (("torch", False), ("auto", True), ("triton", True)):
+        use_backend(name)
+        assert _dispatch.use_triton("auto", tensor) == runs
+        assert not _dispatch.use_triton("torch", tensor)
+    with pytest.raises(ValueError, match="backend='fast' is not a kernel backend"):
+        use_backend("fast")
+    assert _dispatch.DEFAULT_BACKEND == "triton", "a mistake changed the backend"
+
+
+@CPU_ONLY
+def test_use_backend_says_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+    use_backend("triton")
+    with pytest.raises(ValueError, match="on cpu; use backend='auto' or 'torch'"):
+        masked_mse(PRED, IMAGES, mask=MASK, patch_size=4)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_run_chooses_after_the_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(timeout: float) -> None:
+        raise Stop
+
+    config = RunConfig(kernels=name)
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+    monkeypatch.setattr(pretrain, "prepare", lambda config: SimpleNamespace(config=config))
+    monkeypatch.setattr(pretrain, "describe", lambda prepared: [])
+    monkeypatch.setattr(failure, "limit_waits", stop)
+    with pytest.raises(Stop):
+        pretrain.pretrain(config)
+    chosen = _dispatch.DEFAULT_BACKEND
+    assert chosen == name
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -92,6 +138,11 @@ def test_the_variable_sets_the_default_and_the_argument_wins() -> None:
         ({"mask": MASK, "prefix_tokens": 1}, "L \\+ prefix_tokens"),
         ({"ids": IDS[:, :3]}, "pass ids \\[B, K\\]"),
         ({"ids": IDS, "prefix_tokens": 1}, "prefix_tokens 0"),
+        ({"ids": IDS, "images": IMAGES[:, :, :4]}, "ids name 6 patches of 3"),
+        ({"mask": MASK, "images": IMAGES[:, :, :4]}, "do not fit 3 patches"),
+        ({"ids": IDS.int()}, "ids are torch.int32; pass torch.int64"),
+        ({"ids": IDS, "images": IMAGES[:1]}, "images and pred have batches of 1 and 2"),
+        ({"mask": MASK, "images": IMAGES.repeat(2, 1, 1, 1)}, "batches of 4 and 2"),
         ({"mask": MASK, "pred": PRED[0]}, "pred must be"),
         ({"mask": MASK, "pred": torch.zeros(2, 6, 47)}, "needs 48"),
         ({"mask": MASK, "images": IMAGES[0]}, "add the batch axis"),
@@ -104,10 +155,11 @@ def test_the_variable_sets_the_default_and_the_argument_wins() -> None:
             {"mask": MASK, "images": IMAGES.byte(), "pixel_mean": [0.5], "pixel_std": [0.5]},
             "images have 3 channels",
         ),
-        ({"mask": MASK, "pred2": PRED[:, :3]}, "pred2 is"),
-        ({"mask": MASK, "pred2": PRED.half()}, "cast it to torch.float32"),
-        ({"mask": MASK, "hybrid": (PRED[:1], 0.5)}, "hybrid\\[0\\] is"),
-        ({"mask": MASK, "hybrid": (PRED.clone().requires_grad_(), 0.5)}, "detach it"),
+        ({"mask": MASK, "paired_pred": PRED[:, :3]}, "paired_pred is"),
+        ({"mask": MASK, "paired_pred": PRED.half()}, "cast it to torch.float32"),
+        ({"mask": MASK, "mix_target": PRED[:1]}, "mix_target is"),
+        ({"mask": MASK, "mix_target": PRED.clone().requires_grad_()}, "detach it"),
+        ({"mask": MASK, "mix_alpha": 0.5}, "pass mix_target"),
         ({"mask": MASK, "backend": "cuda"}, "backend='cuda' is not"),
         ({"mask": MASK, "mode": "fast"}, "mode='fast' is unknown"),
     ],
@@ -134,3 +186,7 @@ def test_errors_of_the_other_functions() -> None:
         decoder_assemble(PRED, token[0, 0], pos, IDS)
     with pytest.raises(ValueError, match="ids \\(1, 6\\) must be"):
         gather_patches(IMAGES, IDS[:1], patch_size=4)
+    with pytest.raises(ValueError, match=r"ids are torch\.float32"):
+        gather_patches(IMAGES, IDS.float(), patch_size=4)
+    with pytest.raises(ValueError, match="ids name 6 patches of 5"):
+        masked_cosine(PRED, torch.zeros(2, 5, 48), ids=IDS)

@@ -70,13 +70,11 @@ def test_masked_mse_equals_loops(images: Tensor, norm_pix: bool) -> None:
     )
     # A pair that sums to pred, and a hybrid target that is the plain one, are the same loss.
     half = packed / 2
-    assert masked_mse(half, images, ids=ids, pred2=half, **kwargs)[0].item() == pytest.approx(
+    assert masked_mse(half, images, ids=ids, paired_pred=half, **kwargs)[0].item() == pytest.approx(
         expected, rel=1e-12
     )
-    hybrid = (torch.randn_like(packed), 1.0)
-    assert masked_mse(packed, images, ids=ids, hybrid=hybrid, **kwargs)[0].item() == pytest.approx(
-        expected, rel=1e-12
-    )
+    mixed, _ = masked_mse(packed, images, ids=ids, mix_target=torch.randn_like(packed), **kwargs)
+    assert mixed.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_hybrid_target_mixes_in_the_space_of_the_prediction(images: Tensor) -> None:
@@ -88,12 +86,12 @@ def test_hybrid_target_mixes_in_the_space_of_the_prediction(images: Tensor) -> N
         "pixel_std": STD,
     }
     # p - (a t + (1 - a) g) = (p - (1 - a) g + (1 - a) t) - t, checked through the plain loss.
-    zero = masked_mse(generator, images, hybrid=(generator, 0.0), **kwargs)
+    zero = masked_mse(generator, images, mix_target=generator, mix_alpha=0.0, **kwargs)
     assert zero.item() == 0.0
     target = torch.zeros_like(pred, requires_grad=True)
     masked_mse(target, images, **kwargs).backward()
     exact = -target.grad * pred.numel() / 2
-    mixed = masked_mse(pred, images, hybrid=(generator, 0.25), **kwargs)
+    mixed = masked_mse(pred, images, mix_target=generator, mix_alpha=0.25, **kwargs)
     expected = (pred - 0.25 * exact - 0.75 * generator).square().mean()
     torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=0)
 
@@ -143,7 +141,7 @@ def test_gradients_in_float64(images: Tensor) -> None:
     ids = torch.tensor([[5, 0], [2, 3]])
     scale = {"pixel_mean": MEAN, "pixel_std": STD}
     assert torch.autograd.gradcheck(
-        lambda p, q: masked_mse(p, images, ids=ids, patch_size=PATCH, pred2=q, **scale),
+        lambda p, q: masked_mse(p, images, ids=ids, patch_size=PATCH, paired_pred=q, **scale),
         (pred, other),
         fast_mode=True,
     )

@@ -39,7 +39,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     @functools.cache
     def make(preset: str) -> Path:
         run = tmp_path_factory.mktemp(preset)
-        config = load_preset(preset).model_copy(update={"output": str(run)})
+        config = load_preset(preset).replace(output=str(run))
         write_config(config)
         generator = torch.Generator().manual_seed(zlib.crc32(preset.encode()))
         weights = {

@@ -206,12 +206,12 @@ def test_reconstruct_command(data: Path, finished_run, tmp_path: Path, capsys) -
 def test_a_model_that_predicts_nothing_is_as_good_as_the_guess(norm_pix: bool, data: Path) -> None:
     """norm_pix: zeros are the patches' means, and fine structure is all that is left to learn."""
     preset = load_preset("debug")
-    config = preset.model.model_copy(update={"norm_pix": norm_pix})
+    config = preset.model.replace(norm_pix=norm_pix)
     model = build_model(config)
     for decoder in model.decoders.values():
         torch.nn.init.zeros_(decoder.pred.weight)
         torch.nn.init.zeros_(decoder.pred.bias)
-    batches = reconstruct.validation(preset.model_copy(update={"model": config}), str(data))
+    batches = reconstruct.validation(preset.replace(model=config), str(data))
     errors = reconstruct.validation_errors(model, batches)
     guess, _ = reconstruct.GUESSES[norm_pix]
     images = normalize(torch.cat([batch.images for batch in batches]))
@@ -223,7 +223,7 @@ def test_a_model_that_predicts_nothing_is_as_good_as_the_guess(norm_pix: bool, d
 
 
 def write_metrics(run: Path, rows: list[dict[str, Any]]) -> Path:
-    write_config(load_preset("debug").model_copy(update={"output": str(run)}))
+    write_config(load_preset("debug").replace(output=str(run)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 

@@ -66,7 +66,7 @@ def test_a_run_reads_the_cache(data: Path, tmp_path: Path) -> None:
         prepare(config)
     with pytest.raises(SystemExit):
         main(["data", "verify", str(data), "--cache", cache])
-    prepared = prepare(config.model_copy(update={"cache": cache}))
+    prepared = prepare(config.replace(cache=cache))
     assert list(prepared.train.bad) == [4]
     assert cache in prepared.train.notes[-1]
     assert len(prepared.train) == 5

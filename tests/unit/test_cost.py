@@ -26,7 +26,7 @@ TRAINING_GFLOPS = {"deepmim_vit_b_24": 117.6, "deepmim_vit_b_36": 143.4, "deepmi
 
 
 def model(preset: str, **changes):
-    return load_preset(preset).model.model_copy(update=changes)
+    return load_preset(preset).model.replace(**changes)
 
 
 @pytest.mark.parametrize("row", OFFICIAL, ids=lambda row: row[0])
@@ -70,7 +70,7 @@ def test_stages_add_up(preset):
 
 def test_masked_query_saves_work():
     config = model("deepmim_vit_b_12")
-    full = config.model_copy(update={"masked_query": False})
+    full = config.replace(masked_query=False)
     block = costs.block_cost(512, 4.0, 197)
     last = costs.block_cost(512, 4.0, 197, 147)
     assert 1 - last.forward_flops / block.forward_flops == pytest.approx(0.21, abs=0.01)

@@ -41,7 +41,7 @@ def test_presets_build_on_meta(name: str) -> None:
 @pytest.mark.parametrize("masked_query", [False, True])
 @pytest.mark.parametrize("preset", [debug, debug_mae, debug_mirl])
 def test_local_backward_equals_joint(preset, masked_query: bool) -> None:
-    config = preset().model.model_copy(update={"masked_query": masked_query})
+    config = preset().model.replace(masked_query=masked_query)
     model, inputs = build_model(config), batch(config)
     joint = model(**inputs)
     joint.loss.backward()
@@ -55,8 +55,8 @@ def test_local_backward_equals_joint(preset, masked_query: bool) -> None:
 
 @pytest.mark.parametrize("preset", [debug, debug_mae, debug_mirl])
 def test_masked_query_is_exact(preset) -> None:
-    full = build_model(preset().model.model_copy(update={"masked_query": False})).double()
-    masked = build_model(preset().model.model_copy(update={"masked_query": True})).double()
+    full = build_model(preset().model.replace(masked_query=False)).double()
+    masked = build_model(preset().model.replace(masked_query=True)).double()
     inputs = {key: value.double() for key, value in batch(full.config).items()}
     expected, got = full(**inputs), masked(**inputs)
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-12, atol=0)
@@ -79,7 +79,7 @@ def test_predictions_agree_with_losses() -> None:
 
 
 def test_weights_do_not_depend_on_what_else_is_built() -> None:
-    shallow = build_model(debug().model.model_copy(update={"depth": 12, "taps": (6, 12)}))
+    shallow = build_model(debug().model.replace(depth=12, taps=(6, 12)))
     deep = build_model(debug)
     assert torch.equal(shallow.blocks["5"].mlp.fc1.weight, deep.blocks["5"].mlp.fc1.weight)
     assert not torch.equal(deep.blocks["5"].mlp.fc1.weight, deep.blocks["6"].mlp.fc1.weight)
@@ -94,7 +94,7 @@ def test_deepmim_vit_b_12_runs_one_step() -> None:
 
 
 def test_cosine_needs_a_teacher() -> None:
-    config = debug().model.model_copy(update={"loss": "cosine", "teacher_dim": 20})
+    config = debug().model.replace(loss="cosine", teacher_dim=20)
     model = build_model(config)
     with pytest.raises(ValueError, match="teacher"):
         model(**batch(config))
@@ -104,14 +104,14 @@ def test_cosine_needs_a_teacher() -> None:
 
 @pytest.mark.parametrize("run", [lambda m, **kw: m(**kw), local_backward])
 def test_shapes_are_checked(run) -> None:
-    config = debug().model.model_copy(update={"loss": "cosine", "teacher_dim": 20})
+    config = debug().model.replace(loss="cosine", teacher_dim=20)
     model, inputs = build_model(config), batch(config)
     with pytest.raises(ValueError, match=r"noise: has shape \[64\]; must be \[B, L\]=\[3, 64\]"):
         run(model, **(inputs | {"noise": torch.rand(64)}))
     expected = r"teacher: has shape \[3, 64, 20\]; must be \[B, L\+1, P\]=\[3, 65, 20\]"
     with pytest.raises(ValueError, match=expected):
         run(model, **inputs, teacher=torch.randn(3, 64, 20))
-    hybrid = build_model(debug().model.model_copy(update={"hybrid_alphas": (0.0, 0.5, 1.0, 1.0)}))
+    hybrid = build_model(debug().model.replace(hybrid_alphas=(0.0, 0.5, 1.0, 1.0)))
     expected = r"teacher: has shape \[3, 64, 192\]; must be \[B, L-K, P\]=\[3, 48, 192\]"
     with pytest.raises(ValueError, match=expected):
         run(hybrid, **inputs, teacher=torch.randn(3, 64, 192))

@@ -26,9 +26,7 @@ WAYS = [
 def schedule_of(
     preset: str, stages: int, schedule: str, placement: str = "linear", microbatches: int = 4
 ) -> Schedule:
-    config = load_preset(preset).model_copy(
-        update={"stages": stages, "schedule": schedule, "placement": placement}
-    )
+    config = load_preset(preset).replace(stages=stages, schedule=schedule, placement=placement)
     try:
         return training_plan(config, microbatches).built.schedule
     except UserError:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.plan.compatibility import TABLE, check_combination
+from deepmim_scale.pipeline.compatibility import TABLE, check_combination
 from deepmim_scale.plan.cost import stage_cost
 from deepmim_scale.plan.partition import (
     format_layout,
@@ -61,7 +61,7 @@ def test_never_worse_than_deepspeed_on_parameters(depth):
 
 def test_gain_over_parameters_on_published_taps():
     """Max-stage FLOPs of taps 6, 8, 10, 12 on 4 stages: uniform cut and ours."""
-    config = load_preset("deepmim_vit_b_12").model.model_copy(update={"masked_query": False})
+    config = load_preset("deepmim_vit_b_12").model.replace(masked_query=False)
     ours = partition(config, 4)
     assert format_layout(ours, config) == "6d|2d|2d|2d"
     uniform = flops(config, stages_at(config, [3, 6, 9, 12]))
@@ -69,7 +69,7 @@ def test_gain_over_parameters_on_published_taps():
 
 
 def test_stages_without_a_decoder():
-    config = load_preset("deepmim_vit_b_48").model.model_copy(update={"masked_query": False})
+    config = load_preset("deepmim_vit_b_48").model.replace(masked_query=False)
     layout = partition(config, 8)
     total = stage_cost(config, 0, 48).whole.training_flops
     assert sum(bool(stage.decoders) for stage in layout) == 4

@@ -36,7 +36,7 @@ from deepmim_scale.presets import load_preset
 
 
 def model(preset, **changes):
-    return load_preset(preset).model.model_copy(update=changes)
+    return load_preset(preset).model.replace(**changes)
 
 
 def cluster(network, gpu="v100-32g", nodes=4):
@@ -108,12 +108,12 @@ def test_the_teacher_is_planned():
         taught = 8e-12 * teacher.forward_flops if stage.decoders else 0.0
         assert times["decoder", index] == pytest.approx(seconds + taught)
     deep = ModelConfig(**(config.model_dump() | {"depth": 48, "taps": "even"}))
-    plain = deep.model_copy(update={"loss": "pixel"})
+    plain = deep.replace(loss="pixel")
     assert format_layout(layout_of(deep, 8), deep) == "11|1d|11|1d|11|1d|11|1d"
     assert format_layout(layout_of(plain, 8), plain) == "9|3d|9|3d|9|3d|9|3d"
     taught, plain = (
         predict(m, cluster("8xhdr"), 1, "dib", 128, 1)
-        for m in (config, config.model_copy(update={"loss": "pixel"}))
+        for m in (config, config.replace(loss="pixel"))
     )
     assert taught.step_seconds > 1.3 * plain.step_seconds
     student = model_cost(config).whole

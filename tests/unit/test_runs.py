@@ -14,7 +14,7 @@ from deepmim_scale.runs.folder import METRICS, check_output, read_metrics, write
 
 
 def run(output: Path, **values: Any) -> RunConfig:
-    return load_preset("debug").model_copy(update={"output": str(output), **values})
+    return load_preset("debug").replace(output=str(output), **values)
 
 
 def begun(output: Path, **values: Any) -> None:

@@ -68,7 +68,7 @@ def test_closed_forms(p, m, decoder):
 def study_stage(depth, stages, index):
     """Forward GFLOP of encoder and decoder; the patch embedding trains in 2 of 3 parts."""
     config = load_preset("deepmim_vit_b_48").model
-    config = config.model_copy(update={"masked_query": False})
+    config = config.replace(masked_query=False)
     block = costs.encoder_block_cost(config).forward_flops / 1e9
     patch = costs.embedding_cost(config).forward_flops * 2 / 3 / 1e9
     encoder = depth // stages * block + (patch if index == 0 else 0)
@@ -99,7 +99,7 @@ def test_study(row, capsys):
 
 def test_dib_uses_less_memory_than_1f1b():
     """ViT-B/12 with a decoder on each of 4 stages, MB per image, all in 16 bits as in the table."""
-    config = load_preset("deepmim_vit_b_12").model.model_copy(update={"masked_query": False})
+    config = load_preset("deepmim_vit_b_12").model.replace(masked_query=False)
     encoder = 3 * 2 * costs.encoder_block_cost(config).saved_values
     decoder = 2 * costs.decoder_cost(config, 0).saved_values
     memory = [Memory(encoder, decoder, decoder)] * 4
@@ -117,7 +117,7 @@ def test_peak_by_hand():
     memory = [Memory(10, 6, 4)] * 2
     assert built("1f1b", [1, 1], [1, 1], 4, memory).peaks == (32, 16)
     schedule = built("dib", [1], [1], 4, memory[:1]).schedule
-    assert schedule.style.fused
+    assert schedule.style.fused_decoders
     assert peak_activation_bytes(schedule, memory[:1]) == (14,)
 
 

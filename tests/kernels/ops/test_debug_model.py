@@ -1,5 +1,7 @@
 """The debug preset trained with the fused kernels and with the reference: the same loss curve."""
 
+from typing import Any
+
 import pytest
 import torch
 from deepmim_kernels import _dispatch, api
@@ -18,7 +20,7 @@ def loss_curve(
     calls = 0
     fused_loss = api.masked_mse_op
 
-    def counted(*arguments):
+    def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return fused_loss(*arguments)
@@ -49,3 +51,19 @@ def test_same_loss_curve(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Non
     print(f"largest difference over {num_steps} steps: {worst:.2e} (loss {plain[-1]:.3f})")
     assert (plain_calls, fused_calls) == (0, 4 * num_steps)
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(128, 128), (32, 32), (64, 128), (32, 128)])
+def test_images_of_another_size_are_an_error(
+    backend: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(32, 128) has as many patches as the model and would pass for one of its images."""
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", backend)
+    model = build_model(debug().model)
+    images = torch.zeros(BATCH, 3, *shape, dtype=torch.uint8)
+    noise = torch.rand(BATCH, model.config.num_patches)
+    height, width = shape
+    message = f"^images are {height}x{width}: must be img_size=64; resize them$"
+    with pytest.raises(ValueError, match=message):
+        local_backward(model, images, noise=noise)

@@ -1,10 +1,18 @@
 """The custom ops inside torch: opcheck, torch.compile without a graph break, autocast."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from deepmim_kernels import decoder_assemble, gather_patches, masked_cosine, masked_mse
+from deepmim_kernels import (
+    _dispatch,
+    decoder_assemble,
+    gather_patches,
+    masked_cosine,
+    masked_mse,
+    use_backend,
+)
 from torch import Tensor
 from torch.library import opcheck
 
@@ -88,6 +96,30 @@ def test_compiles_without_a_graph_break(device: torch.device) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for eager, graph in zip(run(step), run(compiled), strict=True):
         assert torch.equal(eager, graph)
+
+
+def test_a_compiled_graph_follows_use_backend(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")  # put back at the end
+    images = torch.randn(1, 3, 8, 8, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    fused: list[bool] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        fused.append("deepmim.gather_patches" in graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: gather_patches(x, ids, patch_size=8), fullgraph=True, backend=count
+    )
+    results = []
+    for name in ("torch", "triton", "triton"):
+        use_backend(name)
+        results.append(compiled(images))
+    assert fused == [False, True]
+    assert all(torch.equal(x, results[0]) for x in results)
 
 
 def test_autocast_leaves_the_loss_in_fp32(device: torch.device) -> None:

@@ -113,7 +113,7 @@ def check(case: Case, device: torch.device, assert_close: Callable[..., None]) -
         patch_size=case.patch,
         prefix_tokens=prefix,
         norm_pix=case.target != "pixels",
-        alpha=1 / 3 if hybrid else 1.0,
+        mix_alpha=1 / 3 if hybrid else 1.0,
         mean=scale.get("pixel_mean", ()),
         std=scale.get("pixel_std", ()),
     )
@@ -128,10 +128,11 @@ def check(case: Case, device: torch.device, assert_close: Callable[..., None]) -
         patch_size=case.patch,
         prefix_tokens=prefix,
         norm_pix=case.target != "pixels",
-        pred2=actual[1] if pair else None,
-        hybrid=(actual[1].detach(), 1 / 3) if hybrid else None,
+        paired_pred=actual[1] if pair else None,
+        mix_target=actual[1].detach() if hybrid else None,
+        mix_alpha=1 / 3 if hybrid else 1.0,
         mode=case.mode.split()[0],
-        hint=case.upstream if case.mode.endswith("hinted") else 1.0,
+        expected_grad_scale=case.upstream if case.mode.endswith("hinted") else 1.0,
         backend="triton",
         return_rows=True,
     )
@@ -310,7 +311,7 @@ def test_flat_patches_stay_finite(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "hint", "low", "high"),
+    ("mode", "expected", "low", "high"),
     [
         ("auto", 1.0, 0.0, 1e-3),
         ("onepass", 65536 / 128, 0.0, 1e-3),
@@ -319,19 +320,19 @@ def test_flat_patches_stay_finite(problem: Problem) -> None:
     ],
 )
 def test_fp16_at_batch_128(
-    device: torch.device, mode: str, hint: float, low: float, high: float
+    device: torch.device, mode: str, expected: float, low: float, high: float
 ) -> None:
     # One image stands for 128: an upstream gradient of 1/128 makes the scale 2 / (768 * 128 * 147).
     torch.manual_seed(0)
     images = torch.randn(1, 3, 224, 224, device=device)
     pred = torch.randn(1, 147, 768, device=device).half()
     ids = torch.rand(1, 196, device=device).argsort(dim=1)[:, :147]
-    actual = gradient(pred, images, 65536 / 128, ids=ids, mode=mode, hint=hint)
+    actual = gradient(pred, images, 65536 / 128, ids=ids, mode=mode, expected_grad_scale=expected)
     leaf = pred.double().requires_grad_()
     loss = masked_mse(leaf, images, ids=ids, patch_size=16, backend="torch")
     (loss * 65536 / 128).backward()
     error = ((actual.double() - leaf.grad).norm() / leaf.grad.norm()).item()
-    print(f"fp16 at batch 128, {mode}, hint {hint:g}: gradient error {error:.2e}")
+    print(f"fp16 at batch 128, {mode}, expected scale {expected:g}: gradient error {error:.2e}")
     assert low <= error <= high
 
 

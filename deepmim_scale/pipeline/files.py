@@ -1,0 +1,99 @@
+"""Schedules in files: written by `deepmim-scale schedule --json` or by hand, read by a run.
+
+`{"format": 1, "schedule": name, "placement": ..., "layout": ..., "microbatches": M,
+"style": {...}, "ranks": [{"rank": 0, "instructions": [{"kind": ..., "stage": ...}, ...]}, ...]}`
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from deepmim_scale.errors import UserError
+from deepmim_scale.pipeline.ir import Instruction, Kind, Payload, Pipeline, Schedule, Style
+
+FORMAT = 1
+"""Of the files that are written. A newer one may hold kinds that this release does not know."""
+_KINDS, _PAYLOADS = get_args(Kind), get_args(Payload)
+_FIELDS = {"kind", "stage", "microbatch", "payload", "peer"}
+
+
+def instructions_to_json(schedule: Schedule, rank: int) -> list[dict[str, Any]]:
+    """A rank's instructions as plain dictionaries without empty fields."""
+    return [
+        {key: value for key, value in vars(instruction).items() if value is not None}
+        for instruction in schedule.ranks[rank]
+    ]
+
+
+def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
+    """What a file must hold of a schedule; the layout is the caller's to add."""
+    return {
+        "format": FORMAT,
+        "schedule": schedule.name,
+        "placement": schedule.pipeline.placement,
+        "microbatches": schedule.num_microbatches,
+        "style": vars(schedule.style),
+        "ranks": [
+            {"rank": rank, "instructions": instructions_to_json(schedule, rank)}
+            for rank in range(len(schedule.ranks))
+        ],
+    }
+
+
+def schedule_from_json(path: str, content: dict[str, Any], pipeline: Pipeline) -> Schedule:
+    """The schedule of a file's content for the pipeline that it names.
+
+    UserError names file, place and rule. Whether the schedule may be executed is for `validate`.
+    """
+    version = _take(path, content, "format", int)
+    if not 1 <= version <= FORMAT:
+        raise UserError(f"{path}: format={version}: this release reads 1 to {FORMAT}; update it")
+    style = _take(path, content, "style", dict)
+    unknown = style.keys() - vars(Style()).keys()
+    if unknown or not all(isinstance(value, bool) for value in style.values()):
+        known = ", ".join(vars(Style()))
+        raise UserError(f"{path}: style={style}: must hold true or false for {known}")
+    ranks = _take(path, content, "ranks", list)
+    if len(ranks) != pipeline.num_ranks:
+        raise UserError(
+            f"{path}: has {len(ranks)} ranks, this pipeline {pipeline.num_ranks}; "
+            "use the --stages and --placement that it was made for"
+        )
+    lists = []
+    for rank, entry in enumerate(ranks):
+        where = f"{path}: rank {rank}"
+        if not isinstance(entry, dict) or entry.get("rank", rank) != rank:
+            raise UserError(f"{where}: must be an object with rank={rank} and instructions")
+        steps = _take(where, entry, "instructions", list)
+        if not steps:
+            raise UserError(f"{where}: has no instructions; it must end with flush")
+        lists.append(tuple(_instruction(where, i, step) for i, step in enumerate(steps)))
+    name = _take(path, content, "schedule", str)
+    microbatches = _take(path, content, "microbatches", int)
+    return Schedule(name, pipeline, microbatches, Style(**style), tuple(lists))
+
+
+def _take(path: str, content: dict[str, Any], key: str, kind: type) -> Any:
+    value = content.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        found = "missing" if key not in content else f"{key}={value!r:.60}"
+        raise UserError(f"{path}: {found}: {key} must be of type {kind.__name__}")
+    return value
+
+
+def _instruction(where: str, number: int, step: Any) -> Instruction:
+    where = f"{where}, instruction {number}"
+    if not isinstance(step, dict) or step.keys() - _FIELDS:
+        raise UserError(
+            f"{where}: {step!r:.80}: must be an object with {', '.join(sorted(_FIELDS))}"
+        )
+    kind, payload = step.get("kind"), step.get("payload")
+    if kind not in _KINDS:
+        raise UserError(f"{where}: kind={kind!r}: unknown; use one of {', '.join(_KINDS)}")
+    is_message = kind in ("send", "receive")
+    if (payload in _PAYLOADS) != is_message or (step.get("peer") is None) == is_message:
+        raise UserError(f"{where}: send and receive, and only these, have a payload and a peer")
+    numbers = [step.get("stage"), step.get("microbatch"), *([step["peer"]] if is_message else [])]
+    if not all(type(value) is int for value in numbers):
+        raise UserError(f"{where}: stage, microbatch and peer must be whole numbers")
+    return Instruction(**step)

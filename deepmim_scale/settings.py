@@ -1,0 +1,119 @@
+"""The base of all settings: immutable, checked, and refused with one readable line."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from deepmim_scale.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+_TYPE_RULES = {
+    "finite_number": "must be finite",
+    "int_": "must be a whole number",
+    "float_": "must be a number",
+    "bool_": "must be true or false",
+    "string_": "must be text",
+    "model_": "must be an object",
+    "extra_forbidden": "unknown key",
+}
+
+
+class FrozenConfig(BaseModel):
+    """Base of all settings: immutable, finite, unknown keys refused.
+
+    UserError, with the command line's message, for values that do not fit.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_describe(type(self), error.errors()[0])) from None
+
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> Self:
+        """From plain values, such as a JSON file's; UserError names what does not fit."""
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some changed, checked again (pydantic's own copy checks none)."""
+        return type(self)(**(dict(self) | changes))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: Any) -> Any:
+        # pydantic takes true for 1, which in a file is a slip.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{info.field_name}={str(value).lower()}: must not be true or false")
+        return value
+
+
+def _describe(config_class: type[FrozenConfig], error: ErrorDetails) -> str:
+    """`key=value: rule` of pydantic's first finding."""
+    if error["type"] == "value_error":  # our own checks say key and value themselves
+        return error["msg"].removeprefix("Value error, ")
+    key = str(error["loc"][-1]) if error["loc"] else "configuration"
+    shown = _show(error["input"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, config_class.model_fields, n=1)
+        return f"{key}={shown}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{key}={shown}: {_rule(config_class, error)}"
+
+
+def _show(value: Any, most: int = 60) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _rule(config_class: type[FrozenConfig], error: ErrorDetails) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        field = config_class.model_fields.get(str(error["loc"][0]))
+        return _bounds(field.metadata if field else [], kind, next(iter(context.values())))
+    for prefix, rule in _TYPE_RULES.items():
+        if kind.startswith(prefix):
+            return rule
+    if kind == "literal_error":
+        return f"must be one of {context['expected'].replace(' or ', ', ')}"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _bounds(metadata: list[Any], kind: str, bound: float) -> str:
+    """A range in words; an interval where both ends are worth knowing."""
+    ends = {
+        n: getattr(part, n)
+        for part in metadata
+        for n in ("gt", "ge", "lt", "le")
+        if getattr(part, n, None) is not None
+    }
+    low, high = ends.get("gt", ends.get("ge")), ends.get("lt", ends.get("le"))
+    if low is not None and high is not None and ("ge" in ends or high <= 1):
+        left, right = "(["["ge" in ends], ")]"["le" in ends]
+        return f"must lie in {left}{_number(low)}, {_number(high)}{right}"
+    if kind.startswith("greater"):
+        words = {"greater_than0": "be positive", "greater_than_equal0": "not be negative"}
+        return f"must {words.get(f'{kind}{bound:g}', f'be at least {_number(bound)}')}"
+    return f"must be {'less than' if kind == 'less_than' else 'at most'} {_number(bound)}"
+
+
+def _number(value: float) -> str:
+    """2**31 is easier to read than its digits."""
+    exponent = int(value).bit_length() - 1
+    return f"2**{exponent}" if exponent > 20 and value == 2**exponent else f"{value:g}"
+
+
+def pluralize(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, as `1 replica`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
