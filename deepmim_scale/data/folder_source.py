@@ -119,9 +119,10 @@ def open_folder(root: str | Path, on_bad: OnBad = "fail", cache: str = "") -> Fo
     if no_header:
         names = name_few([manifest.names[i] for i in no_header])
         if on_bad == "fail":
+            flag = f" --cache {cache}" if cache else ""
             raise UserError(
                 f"data={root}: {len(no_header)} unreadable images: {names}; "
-                f"run `deepmim-scale data verify {root}` or use --on-bad replace"
+                f"run `deepmim-scale data verify {root}{flag}` or use --on-bad replace"
             )
         notes.append(f"{len(no_header)} unreadable images are not used: {names}")
         bad |= dict.fromkeys(no_header, "the header cannot be read")

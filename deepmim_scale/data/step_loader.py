@@ -1,4 +1,4 @@
-"""The stages' images: each step's micro-batches, made one step ahead on a thread.
+"""The stages' batches: each step's micro-batches, made one step ahead on a thread.
 
 Legend: B micro-batch, M micro-batches per step, L patches, S side of the input.
 """
