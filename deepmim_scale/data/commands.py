@@ -1,4 +1,4 @@
-"""Command line of the data: `deepmim-scale data samples OUT | scan DIR | verify DIR`."""
+"""Command line of the data: `deepmim-scale data samples DIR | scan DIR | verify DIR`."""
 
 from __future__ import annotations
 

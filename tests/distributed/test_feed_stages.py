@@ -87,8 +87,17 @@ def worker(root: Path, stage: int) -> None:
     )
     group = dist.new_group(range(STAGES))
     assert isinstance(group, dist.ProcessGroup), "every process is a stage"
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = pairs[stage // 2]
+    assert isinstance(pair, dist.ProcessGroup), "every process has a pair"
 
-    def seen(name: str, microbatches: int, options: FeedOptions, **others: Any) -> dict[str, Any]:
+    def seen(
+        name: str,
+        microbatches: int,
+        options: FeedOptions,
+        group: dist.ProcessGroup | None = group,
+        **others: Any,
+    ) -> dict[str, Any]:
         loader = make(root / name, group, microbatches, options, **others)
         steps: list[Any] = []
         error = None
@@ -128,6 +137,8 @@ def worker(root: Path, stage: int) -> None:
         cases[f"fail {mode}"] = seen("bad", 4, FeedOptions(mode))
         cases[f"replace {mode}"] = seen("bad", 4, FeedOptions(mode, on_bad="replace"))
         cases[f"quarantine {mode}"] = seen("quarantined", 4, FeedOptions(mode))
+        cases[f"two stages {mode}"] = seen("quarantined", 4, FeedOptions(mode), pair)
+    cases["one stage replicate"] = seen("quarantined", 4, FeedOptions(), None)
     (root / f"{stage}.json").write_text(json.dumps(cases))
     dist.destroy_process_group()
 
@@ -207,11 +218,11 @@ def test_replacement_is_the_same_everywhere(stages: list[dict[str, Any]]) -> Non
     expected = stages[0]["replace replicate"]["steps"]
     assert len(expected) == STEPS
     assert expected != stages[0]["replicate 4"]["steps"]
-    for mode in MODES:
+    cases = itertools.product(("replace", "quarantine", "two stages"), MODES)
+    for why, mode in [*cases, ("one stage", "replicate")]:
         for stage in range(STAGES):
-            for why in ("replace", "quarantine"):
-                result = stages[stage][f"{why} {mode}"]
-                assert (result["error"], result["steps"]) == (None, expected), (why, mode, stage)
+            result = stages[stage][f"{why} {mode}"]
+            assert (result["error"], result["steps"]) == (None, expected), (why, mode, stage)
 
 
 def test_checksums_tell_tensors_apart() -> None:
