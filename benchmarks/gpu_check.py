@@ -3,10 +3,11 @@
     python benchmarks/gpu_check.py --stage 1    # tests of tests/kernels on the GPU, torch.compile
     python benchmarks/gpu_check.py --stage 2    # warps per program, swept
     python benchmarks/gpu_check.py --stage 3    # speed of every kernel, goals, byte model
-    python benchmarks/gpu_check.py --stage 4    # a whole training step, kernels on and off
+    python benchmarks/gpu_check.py --stage 4    # the trainer's step, kernels on and off
 
 Results are written to `--output` (default benchmarks/results): kernel_warps.csv, kernel_speed.csv
 with a plot, and kernel_step.csv. Stages 2 to 4 take about a GiB to 30 GiB of GPU memory.
+Stage 4 times a run's own engine and executor in one process, without loader and metrics.
 """
 
 import argparse
@@ -16,12 +17,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import kernel_speed as speed
 import torch
+from deepmim_kernels import use_backend
+from deepmim_kernels._dispatch import Backend
 from gpu_timing import (
     Inputs,
     Row,
+    Step,
     copy_bandwidth,
     environment,
     percentiles,
@@ -149,10 +154,10 @@ def judge(rows: list[Row]) -> bool:
 def whole_step(output: Path) -> bool:
     """A DeepMIM ViT-B training step, in one process per backend."""
     rows = []
+    # Twice and in turn, so that a GPU that slows down as it warms up favors neither.
     for backend in ("torch", "triton", "torch", "triton"):
-        environment = {**os.environ, "DEEPMIM_KERNELS": backend}
-        command = [sys.executable, __file__, "--step"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, __file__, "--step", backend]
+        result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             print(result.stderr, file=sys.stderr)
             return False
@@ -169,29 +174,52 @@ def whole_step(output: Path) -> bool:
     return gain >= 1.05
 
 
-def training_step(batch: int = 128) -> Row:
-    """The trainer's step on uint8 images under bf16 autocast, with the backend DEEPMIM_KERNELS."""
-    from deepmim_scale.models import build_model, local_backward
-    from deepmim_scale.presets import deepmim_vit_b_12
+def training_step(preset: str, batch: int, backend: Backend) -> tuple[Step, list[Inputs]]:
+    """The trainer's step in one process, with the engine and executor that a run builds.
 
+    One micro-batch of `batch` uint8 images that lie on the device: forward and backward by the
+    schedule, reduction, clipping, update. No loader, no metrics. bf16 autocast on a GPU, fp32 on a
+    CPU. The step returns the sum of its losses.
+    """
+    from deepmim_scale.batch import Batch
+    from deepmim_scale.ds_config import bundled, load_ds_config, resolve_batch, resolve_ds_config
+    from deepmim_scale.parallel import zero
+    from deepmim_scale.plan.resolve import training_plan
+    from deepmim_scale.presets import load_preset
+    from deepmim_scale.train.runtime import build_runtime
+
+    use_backend(backend)
+    sizes = {"microbatch_size": batch, "microbatches": 1, "global_batch": None}
+    config = load_preset(preset).model_copy(update=sizes)
+    device = zero.init_processes()
+    given = load_ds_config(bundled("a100_bf16.json" if device.type == "cuda" else "cpu_fp32.json"))
+    ds_config, _ = resolve_ds_config(given, config, resolve_batch(config, num_replicas=1))
+    runtime = build_runtime(config, training_plan(config, 1), ds_config, device)
+    engine, executor, model = runtime.engine, runtime.executor, config.model
     torch.manual_seed(0)
-    model = build_model(deepmim_vit_b_12).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    shape = (batch, 3, 224, 224)
-    sets = [
-        {"images": torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")} for _ in range(2)
-    ]
+    shape = (batch, model.in_chans, model.img_size, model.img_size)
+    sets = []
+    for _ in range(2):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        noise = torch.rand(batch, model.num_patches)
+        sets.append({"batch": Batch(images, noise).to(device)})
 
-    def step(x: Inputs) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            local_backward(model, x["images"])
-        optimizer.step()
+    def step(x: Inputs) -> torch.Tensor:
+        calls = executor.num_backward_calls
+        with zero.reduced_step(engine, config.reduction, calls) as backward:
+            losses = executor.train([x["batch"]], backward)
+        zero.apply_step(engine, learning_rate=1e-4)
+        return torch.stack(list(losses.values())).sum()
 
-    times = timed(step, sets, steps=60)
+    return step, sets
+
+
+def time_step(backend: Backend, preset: str = "deepmim_vit_b_12", batch: int = 128) -> Row:
+    """The time of `training_step` and the memory of the whole process."""
+    times = timed(*training_step(preset, batch, backend), steps=60)
     return {
-        "backend": os.environ.get("DEEPMIM_KERNELS", "auto"),
-        "model": "deepmim_vit_b_12",
+        "backend": backend,
+        "model": preset,
         "batch": batch,
         **percentiles(times),
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
@@ -206,13 +234,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stage", type=int, choices=STAGES, nargs="+", default=list(STAGES))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=get_args(Backend), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing here can run; see benchmarks/kernel_speed.py", file=sys.stderr)
         return 2
     if args.step:
-        print(json.dumps(training_step()))
+        print(json.dumps(time_step(args.step)))
         return 0
     return 0 if all([STAGES[stage](args.output) for stage in args.stage]) else 1
 

@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from deepmim_scale.config import ModelConfig
-from deepmim_scale.pipeline.builders import BuiltSchedule, build
+from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem
+from deepmim_scale.pipeline.registry import build_schedule, find_schedule
+from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import format_layout
-from deepmim_scale.plan.timing import layout_of, memory_of, messages_of, pipeline_of, times_of
+from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
 from deepmim_scale.presets import load_preset
 
 # Preset, taps, ranks, placement, schedules (the first is what the others are compared with).
@@ -51,16 +52,16 @@ def schedules(
     preset, taps, stages, placement, names = CASES[case]
     model = load_preset(preset).model
     if taps:
-        model = ModelConfig(**(model.model_dump() | {"taps": taps}))
+        model = model.replace(taps=taps)
     layout = layout_of(model, stages, placement)
     pipeline, memory = pipeline_of(model, layout, placement), memory_of(model, layout, 1)
 
     def made(name: str, rate: float) -> BuiltSchedule:
-        times = times_of(model, layout, 1, rate, split=name in ("dib_w", "zb_h1"))
-        return build(name, pipeline, num_microbatches, times, memory)
+        times = times_of(model, layout, 1, rate, split=find_schedule(name).split_backward)
+        return build_schedule(name, SchedulingProblem(pipeline, num_microbatches, times, memory))
 
     rate = made(names[0], 1.0).timeline.makespan / seconds
-    sizes = {(m.payload, m.source): m.num_bytes // 4 for m in messages_of(model, layout, 1)}
+    sizes = {(m.payload, m.source): m.num_bytes // 4 for m in transfers_of(model, layout, 1)}
     return format_layout(layout, model), [made(name, rate) for name in names], sizes
 
 

@@ -20,10 +20,11 @@ import tyro
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.methods import METHODS
+from deepmim_scale.objectives import HYBRID
 from deepmim_scale.presets import PRESETS, load_preset
 from deepmim_scale.settings import FrozenConfig
 
-ALIASES = {"--loss": ["--target"], "--hybrid": ["--target", "hybrid", "--teacher"]}
+ALIASES = {"--loss": ["--target"], "--hybrid": ["--target", HYBRID, "--teacher"]}
 
 Arguments = TypeVar("Arguments", bound=FrozenConfig)
 

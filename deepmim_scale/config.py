@@ -202,6 +202,12 @@ class ModelConfig(FrozenConfig):
         )
 
     @property
+    def loss(self) -> str:
+        """The older name of `target`, with the older name of CLIP's."""
+        older = {name: alias for alias, name in ALIASES.items()}
+        return older.get(self.target, self.target)
+
+    @property
     def grid_size(self) -> int:
         """Patches along one side."""
         return self.img_size // self.patch_size

@@ -48,7 +48,7 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
     config = model.config
     if not objective_of(config).is_pixels:
         raise UserError(f"target={config.target}: predicts features; pictures need target pixel")
-    masking = model.masking(noise)
+    masking = model.masking(images, noise)
     out = model(images, noise=noise, predictions=True)
     assert out.predictions is not None, "predictions were asked for"
     patches = patchify(images, config.patch_size)
@@ -70,7 +70,7 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
 
 def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
     """Images [N, 3, S, S] with each masked patch guessed as GUESSES says."""
-    config, masking = model.config, model.masking(noise)
+    config, masking = model.config, model.masking(images, noise)
     patches = patchify(images, config.patch_size)
     if config.norm_pix:
         guess, _ = patch_statistics(patches)

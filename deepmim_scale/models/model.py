@@ -52,10 +52,16 @@ class Model(Stage):
         if noise is None:
             noise = torch.rand(len(images), self.config.num_patches, device=images.device)
         expect_shape("noise", noise, "[B, L]", (len(images), self.config.num_patches))
-        return Batch(images, noise, teacher=teacher), self.masking(noise)
+        return Batch(images, noise, teacher=teacher), self._mask(noise)
 
-    def masking(self, noise: Tensor) -> Masking:
-        """Masking of noise [B, L]."""
+    def masking(self, images: Tensor, noise: Tensor | None = None) -> Masking:
+        """Which patches of images [B, C, H, W] noise [B, L] masks; fresh noise where none is given.
+
+        ValueError if noise does not fit the images.
+        """
+        return self.batch(images, noise)[1]
+
+    def _mask(self, noise: Tensor) -> Masking:
         return masking_from_noise(noise, self.config.num_visible)
 
     def forward(
@@ -120,7 +126,7 @@ class Model(Stage):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
         """Predictions [B, L-K, P] of the masked patches by the deepest decoder alone."""
-        masking = self.masking(noise)
+        masking = self._mask(noise)
         inputs: dict[str, State] = {}
 
         def tap(name: str, tensors: State) -> State:

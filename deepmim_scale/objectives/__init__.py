@@ -24,6 +24,7 @@ __all__ = [
 OBJECTIVES: dict[str, ObjectiveSpec] = {}
 # Older names of targets, in flags and in files.
 ALIASES = {"cosine": "clip"}
+HYBRID = hybrid.SPEC.name
 
 
 def register(spec: ObjectiveSpec) -> None:

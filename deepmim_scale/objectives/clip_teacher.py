@@ -12,15 +12,17 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.objectives.clip import LOCAL
 from deepmim_scale.objectives.features import FrozenTeacher
+
+if TYPE_CHECKING:
+    from deepmim_scale.config import ModelConfig
 
 
 def _token_features(visual: Any, images: Tensor) -> Tensor:

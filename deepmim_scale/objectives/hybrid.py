@@ -32,16 +32,21 @@ class HybridObjective(Objective):
 
     def __init__(self, model: ModelConfig, generator: Any) -> None:
         self._pixels, self._generator = PixelObjective(model), generator
+        self._width = num_pixels(model)
         self._alphas = dict(zip(losses_of(model), model.mix_alphas, strict=True))
 
     def prepare(self, batch: Batch, masking: Masking) -> PixelTargets:
         """Images, mask and the generator's x_hat [B, L-K, P] under the same mask."""
-        targets = self._pixels.prepare(batch, masking)
-        if batch.teacher is not None:
-            return targets._replace(mix=batch.teacher)  # its shape is checked by the kernel
-        if self._generator is None:
-            raise missing_teacher(SPEC.name, "a reconstruction [B, L-K, P]")
-        return targets._replace(mix=self._generator.reconstruct(batch.images, batch.noise))
+        from deepmim_scale.batch import expect_shape
+
+        mix = batch.teacher
+        if mix is None:
+            if self._generator is None:
+                raise missing_teacher(SPEC.name, "a reconstruction [B, L-K, P]")
+            mix = self._generator.reconstruct(batch.images, batch.noise)
+        shape = (*masking.ids_masked.shape, self._width)
+        expect_shape("teacher", mix, "[B, L-K, P]", shape)
+        return self._pixels.prepare(batch, masking)._replace(mix=mix)
 
     def loss(
         self, name: str, predictions: Sequence[Tensor], targets: PixelTargets, grad_scale: float

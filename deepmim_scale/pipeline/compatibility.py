@@ -55,6 +55,14 @@ def check_combination(
         )
 
 
+def best_placement(model: ModelConfig, num_stages: int) -> Placement:
+    """The method's own placement for so many stages; linear where nothing is to be placed."""
+    for combination in method_of(model).combinations:
+        if num_stages > 1 and num_stages in combination.num_stages(model):
+            return combination.placement
+    return "linear"
+
+
 def check_placement(model: ModelConfig, num_stages: int, placement: str) -> None:
     """UserError unless the model can be cut into so many stages with this placement."""
     method = method_of(model)

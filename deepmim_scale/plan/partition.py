@@ -137,6 +137,8 @@ def parse_layout(text: str, config: ModelConfig) -> Layout:
             f"write {format_layout(stages_at(config, cuts), config)}"
         )
     layout = stages_at(config, cuts)
-    if config.method == "mirl" and layout != partition(config, len(cuts)):
-        raise UserError(f"layout={text}: mirl needs equal runs of segments; leave layout out")
+    if method_of(config).paired and layout != partition(config, len(cuts)):
+        raise UserError(
+            f"layout={text}: {config.method} needs equal runs of segments; leave layout out"
+        )
     return layout

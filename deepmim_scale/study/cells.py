@@ -13,17 +13,16 @@ from deepmim_scale.arguments import parse_run
 from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import resolve_batch
 from deepmim_scale.errors import UserError
-from deepmim_scale.pipeline.compatibility import check_combination
+from deepmim_scale.methods import method_of
+from deepmim_scale.pipeline.compatibility import best_placement, check_combination
+from deepmim_scale.pipeline.registry import DEFAULT
 from deepmim_scale.plan.planner import Plan, predict
 from deepmim_scale.presets import load_preset
 from deepmim_scale.study.settings import StudyArguments
 
-# One stage runs its work in one order whatever the schedule; dib needs the least memory.
-BASELINE_SCHEDULE = "dib"
-
 
 @dataclass(frozen=True)
-class Job:
+class CellRun:
     """What a legal cell runs."""
 
     words: tuple[str, ...]
@@ -40,7 +39,7 @@ class Cell:
     depth: int
     stages: int
     schedule: str
-    job: Job | None
+    job: CellRun | None
     problem: str = ""
     """Why there is no job, in one line."""
 
@@ -60,7 +59,7 @@ def build_cells(args: StudyArguments) -> list[Cell]:
         _cell(args, depth, stages, schedule)
         for depth in args.depths
         for stages in sorted({1, *args.stages})
-        for schedule in (args.schedules if stages > 1 else (BASELINE_SCHEDULE,))
+        for schedule in (args.schedules if stages > 1 else (DEFAULT,))
     ]
     if not any(cell.job for cell in cells):
         raise UserError(f"no cell can be run; the first, {cells[0].name}: {cells[0].problem}")
@@ -74,17 +73,16 @@ def _cell(args: StudyArguments, depth: int, stages: int, schedule: str) -> Cell:
         return Cell(depth, stages, schedule, None, str(error))
 
 
-def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> Job:
+def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> CellRun:
     if args.processes % stages:
         raise UserError(f"stages={stages}: must divide the {args.processes} processes")
     preset = load_preset(args.preset).model
-    folded = preset.method == "mirl" and stages == preset.num_segments // 2
-    spread = preset.method == "deepmim" and depth != preset.depth
+    spread = method_of(preset).free_taps and depth != preset.depth
     words = (
         *("--preset", args.preset, "--data", args.data, "--depth", str(depth)),
         *(("--taps", f"even:{len(preset.taps)}") if spread else ()),
         *("--stages", str(stages), "--schedule", schedule),
-        *("--placement", "v" if folded else "linear"),
+        *("--placement", best_placement(preset, stages)),
         *("--microbatch-size", str(args.microbatch_size)),
         *("--global-batch", str(args.global_batch), "--steps", str(args.steps)),
         *("--save-every", "0", "--validate-every", "0"),
@@ -95,10 +93,10 @@ def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> Job:
     check_combination(
         config.model, stages, schedule, config.placement, config.reduction, config.gradient_flow
     )
-    return Job(words, config, batch.num_replicas, batch.microbatches)
+    return CellRun(words, config, batch.num_replicas, batch.microbatches)
 
 
-def prediction(args: StudyArguments, job: Job) -> Plan:
+def prediction(args: StudyArguments, job: CellRun) -> Plan:
     """What the planner expects of a job on the cluster that the study names."""
     config = job.config
     return predict(

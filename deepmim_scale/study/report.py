@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deepmim_scale.plan.cost import model_cost
-from deepmim_scale.study.cells import Cell, Job, prediction
+from deepmim_scale.study.cells import Cell, CellRun, prediction
 from deepmim_scale.study.runner import failure, finished_rows
 from deepmim_scale.study.settings import RESULTS, StudyArguments, command
 
@@ -102,7 +102,7 @@ def build_rows(args: StudyArguments, cells: list[Cell]) -> list[Row]:
     return rows
 
 
-def _expected(args: StudyArguments, job: Job) -> Row:
+def _expected(args: StudyArguments, job: CellRun) -> Row:
     plan = prediction(args, job)
     return {
         "placement": job.config.placement,

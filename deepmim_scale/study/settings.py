@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from deepmim_scale.arguments import read_json
 from deepmim_scale.errors import UserError
+from deepmim_scale.pipeline.registry import BASELINE, DEFAULT, trainable_schedules
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
 from deepmim_scale.plan.planner import Cluster
 from deepmim_scale.presets import load_preset
@@ -19,7 +20,6 @@ from deepmim_scale.settings import FrozenConfig
 
 RESULTS = "study.json"
 RUNS = "runs"
-SCHEDULES = ("gpipe", "1f1b", "dib", "dib_w")
 # A study may be extended by these, and predicted for another GPU; all else makes it another study.
 _FREE = frozenset(
     {"output", "depths", "stages", "schedules", "repeats", "gpu", "network", "hostfile", "dry_run"}
@@ -77,7 +77,7 @@ class StudyArguments(FrozenConfig):
     """Encoder blocks; a preset's taps are spread evenly at depths that are not its own."""
     stages: Numbers = (1, 2, 4)
     """Pipeline stages; one stage (data parallelism with ZeRO-2) is the baseline and always in."""
-    schedules: Names = ("1f1b", "dib")
+    schedules: Names = (BASELINE, DEFAULT)
     """Of gpipe, 1f1b, dib, dib_w; one stage has nothing to order and runs dib."""
     steps: int = 30
     """Optimizer steps of a cell."""
@@ -120,8 +120,9 @@ class StudyArguments(FrozenConfig):
                 f"warmup_steps={self.warmup_steps}: must be less than steps={self.steps}"
             )
         for name in self.schedules:
-            if name not in SCHEDULES:
-                raise ValueError(f"schedules={name}: unknown; use {', '.join(SCHEDULES)}")
+            if name not in trainable_schedules():
+                known = ", ".join(trainable_schedules())
+                raise ValueError(f"schedules={name}: unknown; use {known}")
         lookup("gpu", self.gpu, GPUS)
         lookup("network", self.network, NETWORKS)
         for word in self.flags:

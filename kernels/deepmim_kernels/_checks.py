@@ -11,6 +11,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# Silently returning no gradient would train nothing and say nothing.
 def no_gradient(name: str, tensor: Tensor) -> None:
     require(
         not tensor.requires_grad,
@@ -41,6 +42,7 @@ def pixel_scale(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
     """pixel_mean and pixel_std as lists, empty for images that are normalized already."""
+    # Statistics for floating images would normalize them a second time.
     if images.is_floating_point():
         require(
             mean is None and std is None,
@@ -81,6 +83,7 @@ def selection(
     require(pred.ndim == 3, f"pred must be [B, T, D], not {pred.ndim}-d")
     require((mask is None) != (ids is None), "pass exactly one of mask and ids")
     batch, num_tokens, _ = pred.shape
+    # Packed predictions have no place for CLS: the caller has taken the masked rows out.
     if ids is not None:
         require(
             ids.shape == (batch, num_tokens) and prefix_tokens == 0,

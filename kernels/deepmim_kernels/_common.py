@@ -28,6 +28,8 @@ def launch(
 
 def warps_for(block: int, itemsize: int) -> int:
     """Warps that give every lane one 128-bit access to a row of `block` elements, at most 8."""
+    # The bound of 8 is a guess that keeps several programs on an SM: stage 2 of
+    # benchmarks/gpu_check.py sweeps it.
     return min(max(block * itemsize // (32 * 16), 1), 8)
 
 
@@ -40,9 +42,11 @@ def load_pixels(pointers, c, inside, MEAN: tl.constexpr, STD: tl.constexpr, C: t
         mean = tl.zeros_like(x)
         scale = tl.zeros_like(x)
         for i in tl.static_range(C):
+            # 255 goes into both constants, so that a pixel costs one subtraction and one product.
             mean = tl.where(c == i, 255.0 * MEAN[i], mean)
             scale = tl.where(c == i, 1.0 / (255.0 * STD[i]), scale)
         x = (x - mean) * scale
+    # Lanes beyond the patch hold -mean * scale by now, which would enter its statistics.
     return tl.where(inside, x, 0.0)
 
 
@@ -52,6 +56,7 @@ def row_weight(mask_ptr, b, t, num_tokens, PREFIX: tl.constexpr):
     if mask_ptr is None:
         weight = 1.0
     else:
+        # CLS lies before the mask: its load is masked off, not moved.
         n = t - PREFIX
         weight = tl.load(mask_ptr + b * (num_tokens - PREFIX) + n, mask=n >= 0, other=0.0)
     return weight
@@ -64,6 +69,7 @@ def row_scale(upstream_ptr, count_ptr):
     if upstream_ptr is not None:
         upstream = tl.load(upstream_ptr)
     if count_ptr is None:
+        # Packed: one program per masked patch, so the grid knows their number.
         count = (tl.num_programs(0) * tl.num_programs(1)).to(tl.float32)
     else:
         count = tl.load(count_ptr)

@@ -42,6 +42,7 @@ def use_triton(backend: str, *tensors: Tensor) -> bool:
     _check_name(choice)
     if choice == "torch":
         return False
+    # `auto` falls back in silence; who asks for Triton by name is told why not.
     obstacle = _obstacle(tensors)
     if choice == "triton" and obstacle is not None:
         raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='auto' or 'torch'")
@@ -62,6 +63,7 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"no kernel takes {tensor.dtype}"
+    # Off the GPU only the interpreter runs kernels, if it was asked for at import.
     if not tensors[0].is_cuda:
         return None if INTERPRETED else f"the tensors are on {tensors[0].device}"
     capability = _capability(tensors[0].device)

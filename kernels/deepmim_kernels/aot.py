@@ -76,12 +76,13 @@ class Compilation:
 def compilation(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any
 ) -> Compilation:
-    """Specialise a launch as Triton does at run time: null, 1 and multiples of 16 are constants."""
+    """Specialize a launch as Triton does at run time: null, 1 and multiples of 16 are constants."""
     del grid
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = dict(constants)
     attrs: dict[tuple[int], list[list[Any]]] = {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        # Triton compiles another kernel for each of these, so the report must follow its rules.
         if value is None or (isinstance(value, int) and value == 1):
             constexprs[name] = value
         elif isinstance(value, float):
@@ -89,6 +90,7 @@ def compilation(
         else:
             signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
             if isinstance(value, Tensor) or value % 16 == 0:
+                # Without this promise the compiler emits no 128-bit accesses.
                 attrs[(i,)] = [["tt.divisibility", 16]]
     ordered = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     return Compilation(ASTSource(kernel, ordered, constexprs, attrs), num_warps)
@@ -97,11 +99,13 @@ def compilation(
 def compilation_of(call: Callable[[], None]) -> Compilation:
     """The compilation that one launcher call would trigger on a GPU."""
     launches: list[Compilation] = []
+    # The launchers run as in training, up to the launch itself.
     _common.recorder = lambda *args, **kwargs: launches.append(compilation(*args, **kwargs))
     try:
         call()
     finally:
         _common.recorder = None
+    # A call that made two launches would be reported by half.
     (launch,) = launches
     return launch
 
@@ -125,6 +129,7 @@ def mse_call(
         empty(batch, tokens) if rows else None,
         torch.empty_like(pred) if grad else None,
         pred,
+        # The values do not matter on meta tensors, only dtypes and null pointers.
         pred if pair else None,
         pred if pair else None,
         empty(batch, 3, 224, 224, dtype=torch.uint8 if uint8 else torch.float32),
@@ -191,6 +196,7 @@ def rescale_call(dtype: torch.dtype) -> None:
     """The late rescale of a one-pass gradient."""
     scalar = torch.empty((), device="meta")
     grad = torch.empty(128, 147, 768, dtype=dtype, device="meta")
+    # The function beneath the custom op, which would not run on meta tensors.
     _common.rescale_._init_fn(grad, scalar, scalar)
 
 
@@ -220,6 +226,7 @@ def report(archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
         for name, dtype in DTYPES.items():
             compilation = compilation_of(partial(call, dtype))
             for arch in archs:
+                # No such instructions: the dispatcher sends these calls to the reference.
                 if dtype == torch.bfloat16 and arch < 80:
                     continue
                 compiled = compilation.run(arch)
@@ -239,6 +246,7 @@ def report(archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
 
 def access_widths(instruction: str, ptx: str) -> dict[int, int]:
     """How many global loads (`ld`) or stores (`st`) there are of each width in bits."""
+    # e.g. `ld.global.L1::evict_last.v4.b32`: the vector length times the element.
     found = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
     return dict(sorted(Counter(int(n or 1) * int(bits) for n, bits in found).items()))
 
@@ -248,6 +256,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        # Asked of the binary itself, which is what would run.
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
@@ -279,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     args = parser.parse_args(argv)
+    # Under the interpreter kernels are Python functions, of which nothing can be compiled.
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler; unset it", file=sys.stderr)
         return 2

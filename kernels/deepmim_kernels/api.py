@@ -15,6 +15,7 @@ from deepmim_kernels import reference
 from deepmim_kernels._deprecated import accept_old_keywords
 from deepmim_kernels._dispatch import TRITON_AVAILABLE, Backend, use_triton
 
+# The package serves CPUs without Triton too: only these modules import it.
 if TRITON_AVAILABLE:
     from deepmim_kernels.assemble import decoder_assemble_op
     from deepmim_kernels.cosine import masked_cosine_op
@@ -98,6 +99,7 @@ def masked_mse(
             paired_pred.dtype == pred.dtype,
             f"paired_pred is {paired_pred.dtype}; cast it to {pred.dtype}",
         )
+    # Every floating input decides: one float64 tensor sends the call to the reference.
     others = [x for x in (paired_pred, mix_target) if x is not None]
     onepass = _onepass(mode, pred, paired_pred)
     if not use_triton(backend, pred, images, *others):
@@ -132,6 +134,7 @@ def masked_mse(
         mean,
         std,
     )
+    # The kernels have a row for CLS too, of loss 0; the reference never makes it.
     return (loss, rows[:, prefix_tokens:].detach()) if return_rows else loss
 
 
@@ -272,6 +275,7 @@ def _count(mask: Tensor | None) -> Tensor | None:
     """Sum of the mask on the device, 1 where nothing is masked; None when packed (B * K)."""
     if mask is None:
         return None
+    # On the device: reading the count on the host would stop the stream at every loss.
     count = mask.sum(dtype=torch.float32)
     return count.masked_fill(count == 0, 1.0)
 
@@ -280,6 +284,7 @@ def _grad_scale(scale: float | Tensor, pred: Tensor) -> Tensor | None:
     """The expected upstream gradient as an fp32 scalar on the device; None for 1."""
     if isinstance(scale, Tensor):
         return scale.to(torch.float32)
+    # No tensor for the common case, which saves the launch that would fill it.
     return None if scale == 1.0 else torch.full((), scale, device=pred.device)
 
 
@@ -290,5 +295,6 @@ def _onepass(mode: str, *preds: Tensor | None) -> bool:
         f"mode={mode!r} is unknown; use 'auto', 'onepass' or 'recompute'",
     )
     given = [pred for pred in preds if pred is not None]
+    # Under no_grad a stored gradient would be written for nobody.
     wanted = mode == "onepass" or (mode == "auto" and given[0].dtype != torch.float16)
     return wanted and torch.is_grad_enabled() and any(pred.requires_grad for pred in given)

@@ -27,6 +27,7 @@ GRADIENT_ROWS = 16
 @triton.jit
 def load_rank(restore_ptr, b, t, num_tokens):
     """Place of token t in the shuffled order; -1 for CLS, whose features are row 0 of tokens."""
+    # No branch: CLS takes rank -1, and rank + 1 is its row of tokens like any other.
     patch = (t > 0) & (t < num_tokens)
     rank = tl.load(restore_ptr + b * (num_tokens - 1) + t - 1, mask=patch, other=-1)
     return rank.to(tl.int32)
@@ -51,11 +52,14 @@ def assemble_kernel(
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = (d < D) & (t < num_tokens)
     rank = load_rank(restore_ptr, b, t, num_tokens)
+    # The shuffle puts visible patches first, so a rank below K is a row of tokens.
     visible = rank < num_visible
     token = (b * (num_visible + 1) + rank + 1) * D + d
     x = tl.load(tokens_ptr + token, mask=inside & visible, other=0.0).to(tl.float32)
+    # One read per program serves all of its masked rows.
     filler = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     pos = tl.load(pos_ptr + t * D + d, mask=inside, other=0.0).to(tl.float32)
+    # In fp32 and rounded once, which gives the bits of torch's cat and add.
     y = tl.where(visible, x, filler) + pos
     out = out_ptr + (b * num_tokens + t) * D + d
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -86,6 +90,8 @@ def assemble_gradient_kernel(
     tl.store(
         tokens_grad_ptr + token, grad.to(tokens_grad_ptr.dtype.element_ty), mask=inside & visible
     )
+    # All masked patches share one token: its gradient is a sum over rows of every sample.
+    # Partial sums go to memory and torch adds them up, in one order on every run.
     total = tl.sum(tl.where(visible, 0.0, grad.to(tl.float32)), axis=0)
     e = tl.arange(0, BLOCK)
     tl.store(partial_ptr + (b * tl.num_programs(0) + chunk) * D + e, total, mask=e < D)
@@ -166,6 +172,7 @@ def decoder_assemble_gradient_op(
     chunks = triton.cdiv(num_tokens, GRADIENT_ROWS)
     partial = grad.new_empty((batch, chunks, dim), dtype=torch.float32)
     launch_assemble_gradient(tokens_grad, partial, grad, ids_restore)
+    # fp32 until here: the sum has up to B * L terms.
     return tokens_grad, partial.sum(dim=(0, 1)).view(1, 1, dim)
 
 

@@ -23,6 +23,7 @@ class ByteCounter(TorchDispatchMode):
     ) -> Any:
         out = function(*args, **(kwargs or {}))
         name = function.name()
+        # Allocation and views touch no elements; a fill writes but reads nothing.
         if not (function.is_view or "empty" in name or "_unsafe_view" in name):
             moved = (out,) if "zero" in name else (args, kwargs, out)
             self.bytes += sum(extent(x) for x in tree_leaves(moved) if isinstance(x, Tensor))
@@ -33,6 +34,7 @@ def extent(x: Tensor) -> int:
     """Bytes of the elements that a tensor addresses, without those repeated by stride 0."""
     count = 1
     for length, stride in zip(x.shape, x.stride(), strict=True):
+        # An expanded tensor is read from cache after its first pass.
         count *= length if stride else 1
     return count * x.element_size()
 

@@ -37,11 +37,13 @@ def masked_cosine_kernel(
     """One program per token; null pointers switch their parts off at compile time."""
     t = tl.program_id(0)
     num_tokens = tl.num_programs(0)
+    # 64 bits: the elements of a large batch exceed 2^31.
     b = tl.program_id(1).to(tl.int64)
     row = b * num_tokens + t
     d = tl.arange(0, BLOCK)
     inside = d < D
     weight = row_weight(mask_ptr, b, t, num_tokens, PREFIX)
+    # Skipped, not multiplied by 0: nothing but the mask is read, and NaN cannot spread.
     if weight == 0.0:
         if rows_ptr is not None:
             tl.store(rows_ptr + row, 0.0)
@@ -51,14 +53,17 @@ def masked_cosine_kernel(
     else:
         n = tl.load(ids_ptr + row).to(tl.int32) if ids_ptr is not None else t - PREFIX
         teacher_row = b * teacher_tokens + n + TEACHER_PREFIX
+        # 16-bit inputs are summed in fp32; a sum of 512 squares in fp16 can overflow.
         p = tl.load(pred_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
         q = tl.load(teacher_ptr + teacher_row * D + d, mask=inside, other=0.0).to(tl.float32)
         inverse_p = 1.0 / tl.sqrt(tl.sum(p * p, axis=0))
         inverse_q = 1.0 / tl.sqrt(tl.sum(q * q, axis=0))
+        # One read of both rows serves the loss and the gradient: they stay in registers.
         cosine = tl.sum(p * q, axis=0) * inverse_p * inverse_q
         if rows_ptr is not None:
             tl.store(rows_ptr + row, weight * (2.0 - 2.0 * cosine))
         if grad_ptr is not None:
+            # The scale first, rounding last: small gradients survive in 16 bits.
             scale = row_scale(upstream_ptr, count_ptr) * weight * 2.0 * inverse_p
             gradient = (cosine * inverse_p * p - inverse_q * q) * scale
             tl.store(grad_ptr + row * D + d, gradient.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -82,6 +87,7 @@ def launch_masked_cosine(
     launch(
         masked_cosine_kernel,
         (num_tokens, batch),
+        # The kernel knows no strides of these; contiguous tensors, as in training, stay uncopied.
         pred.contiguous(),
         teacher.contiguous(),
         mask,

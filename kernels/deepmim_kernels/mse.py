@@ -59,11 +59,13 @@ def masked_mse_kernel(
     D: tl.constexpr = P * P * C
     t = tl.program_id(0)
     num_tokens = tl.num_programs(0)
+    # 64 bits: the elements of a large batch exceed 2^31.
     b = tl.program_id(1).to(tl.int64)
     row = b * num_tokens + t
     d = tl.arange(0, BLOCK)
     inside = d < D
     weight = row_weight(mask_ptr, b, t, num_tokens, PREFIX)
+    # Skipped, not multiplied by 0: nothing but the mask is read, and NaN cannot spread.
     if weight == 0.0:
         if rows_ptr is not None:
             tl.store(rows_ptr + row, 0.0)
@@ -71,6 +73,8 @@ def masked_mse_kernel(
             zeros = tl.zeros((BLOCK,), dtype=grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + row * D + d, zeros, mask=inside)
     else:
+        # MAE orders a patch (row, column, channel). Lanes follow the prediction, whose wide
+        # loads and stores are most of the bytes; the pixels are gathered.
         n = tl.load(ids_ptr + row).to(tl.int32) if ids_ptr is not None else t - PREFIX
         c = d % C
         y = (n // GRID_WIDTH) * P + d // (C * P)
@@ -85,6 +89,7 @@ def masked_mse_kernel(
         if mix_target_ptr is not None:
             generated = tl.load(mix_target_ptr + row * D + d, mask=inside, other=0.0)
             target = mix_alpha * target + (1.0 - mix_alpha) * generated.to(tl.float32)
+        # Lanes beyond D read 0 and have target 0, so that they add nothing to the row.
         pred = tl.load(pred_ptr + row * D + d, mask=inside, other=0.0)
         residual = pred.to(tl.float32) - target
         if paired_ptr is not None:
@@ -123,6 +128,7 @@ def launch_masked_mse(
     launch(
         masked_mse_kernel,
         (num_tokens, batch),
+        # The images keep their strides (channels-last, crops); a copy would cost the saving.
         pred.contiguous(),
         None if paired_pred is None else paired_pred.contiguous(),
         None if mix_target is None else mix_target.contiguous(),

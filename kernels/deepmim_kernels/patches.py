@@ -36,11 +36,13 @@ def gather_patches_kernel(
 ):
     """One program per gathered patch."""
     D: tl.constexpr = P * P * C
+    # 64 bits: the elements of a large batch exceed 2^31.
     b = tl.program_id(1).to(tl.int64)
     row = b * tl.num_programs(0) + tl.program_id(0)
     n = tl.load(ids_ptr + row).to(tl.int32)
     d = tl.arange(0, BLOCK)
     inside = d < D
+    # The order of the convolution's weight (channel, row, column), unlike the loss's targets.
     c = d // (P * P)
     y = (n // GRID_WIDTH) * P + (d // P) % P
     x = (n % GRID_WIDTH) * P + d % P
@@ -63,6 +65,7 @@ def launch_gather_patches(
     launch(
         gather_patches_kernel,
         (num_visible, batch),
+        # Uncopied: the strides carry channels-last batches and slices.
         images,
         ids,
         out,

@@ -18,6 +18,7 @@ Floats = Sequence[float]
 
 def normalize(images: Tensor, mean: Floats, std: Floats, dtype: torch.dtype) -> Tensor:
     """Images [B, C, H, W] in `dtype`; with `mean` and `std`, bytes v as (v / 255 - mean) / std."""
+    # The cast comes first: bytes would be divided in the default dtype.
     x = images.to(dtype)
     if not mean:
         return x
@@ -37,6 +38,7 @@ def normalize_patches(patches: Tensor) -> Tensor:
     """Patches [B, L, D] with mean 0 and unbiased variance 1, as MAE's norm_pix_loss."""
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
+    # MAE writes ** 0.5 of variance + eps; the same expression gives the same bits.
     return (patches - mean) / (variance + 1.0e-6) ** 0.5
 
 
@@ -58,6 +60,7 @@ def masked_mean(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     if weights is None:
         return rows.mean(), rows
     weighted = rows * weights
+    # Nothing masked is 0 / 0 in the official code; here the loss and its gradient are 0.
     count = weights.sum()
     return weighted.sum() / count.masked_fill(count == 0, 1.0), weighted
 
@@ -84,6 +87,7 @@ def masked_mse(
     target = patchify(normalize(images, mean, std, dtype), patch_size)
     if ids is not None:
         target = take_rows(target, ids)
+    # After the gather, so that only patches that count are normalized.
     if norm_pix:
         target = normalize_patches(target)
     if mix_target is not None:
@@ -126,6 +130,7 @@ def decoder_assemble(
 ) -> Tensor:
     """MAE's decoder input [B, L+1, D]: CLS, un-shuffled tokens with mask tokens, positions."""
     batch, num_patches = ids_restore.shape
+    # Expanded, not repeated: the mask token is read in place.
     missing = num_patches + 1 - tokens.shape[1]
     patches = torch.cat([tokens[:, 1:], mask_token.expand(batch, missing, -1)], dim=1)
     return torch.cat([tokens[:, :1], take_rows(patches, ids_restore)], dim=1) + pos_embed

@@ -32,7 +32,9 @@ def register_row_loss(
     )  # expected_scale or upstream, and count, but for the prediction itself
 
     def outputs(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Contiguous whatever strides pred has: the kernels write rows one after another.
         rows = pred.new_empty(pred.shape[:2], dtype=torch.float32)
+        # An op has a fixed number of results; without a gradient the last one is empty.
         shape = pred.shape if args[num_others] else (0,)
         grad = torch.empty(shape, dtype=pred.dtype, device=pred.device)
         return pred.new_empty((), dtype=torch.float32), rows, grad
@@ -41,6 +43,7 @@ def register_row_loss(
         tensors, onepass = args[:num_others], args[num_others]
         _, rows, grad = outputs(pred, *args)
         launch(rows, grad if onepass else None, pred, *tensors, *args[num_others + 1 :])
+        # One deterministic reduction by torch over B * T numbers instead of atomics.
         count = tensors[-1]
         return rows.sum() / (rows.numel() if count is None else count), rows, grad
 
@@ -71,6 +74,7 @@ def register_row_loss(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, expected_scale, count, onepass = inputs[: num_inputs + 3]
+        # None, not a tensor of zeros, for results that nobody differentiates.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         ctx.settings = inputs[num_inputs + 3 :]
@@ -90,6 +94,7 @@ def register_row_loss(
         else:
             *tensors, count = ctx.saved_tensors
             grad = gradient_op(*tensors, upstream, count, *ctx.settings)
+        # d(p + p2) is the same for both: one tensor serves them.
         return (grad, grad if ctx.pair else None, *[None] * num_rest)
 
     op.register_autograd(backward, setup_context=setup_context)

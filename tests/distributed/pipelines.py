@@ -21,10 +21,11 @@ from deepmim_scale.batch import Batch
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
+from deepmim_scale.objectives import build_objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.stages import global_parameters
+from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
-from deepmim_scale.plan.timing import messages_of
 from deepmim_scale.train.optim import parameter_groups
 from deepmim_scale.train.runtime import build_runtime
 
@@ -40,8 +41,6 @@ TINY: dict[str, Any] = {
     "decoder_depth": 2,
     "decoder_num_heads": 2,
 }
-# Names of precisions in the planner.
-PLANNED = {"fp32": "fp32", "pure_bfloat16": "pure16", "pure_float16": "pure16"}
 MODELS = {
     "mae": {"method": "mae"},
     "deepmim": {"method": "deepmim", "taps": (2, 3, 5, 6)},
@@ -85,8 +84,11 @@ class Pipeline:
         self.plan: TrainingPlan = training_plan(config, self.microbatches)
         sizes = BatchSizes(BATCH, self.microbatches, dist.get_world_size() // config.stages)
         settings, _ = resolve_ds_config(settings_of(case), config, sizes)
-        runtime = build_runtime(config, self.plan, settings, torch.device("cpu"), checkpoint)
-        self.grid, self.rank, self.replica = runtime.grid, runtime.rank, runtime.replica
+        objective = build_objective(config.model)
+        runtime = build_runtime(
+            config, self.plan, settings, torch.device("cpu"), objective, checkpoint
+        )
+        self.grid, self.rank, self.replica = runtime.grid, runtime.pp_rank, runtime.dp_rank
         self.stages, self.engine = runtime.stages, runtime.engine
         self.channels, self.executor = runtime.channels, runtime.executor
 
@@ -180,8 +182,8 @@ def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     dist.all_gather_object(sent, dict(pipeline.channels.bytes_sent))
     expected_bytes: dict[str, int] = {}
     graph = pipeline.plan.built.schedule.pipeline
-    precision = PLANNED.get(pipeline.executor.precision, "autocast")
-    for message in messages_of(pipeline.config.model, pipeline.plan.layout, BATCH, precision):
+    precision = precision_of(settings_of(case))
+    for message in transfers_of(pipeline.config.model, pipeline.plan.layout, BATCH, precision):
         if graph.rank_of(message.source) != graph.rank_of(message.target):
             count = steps * pipeline.microbatches * replicas
             before = expected_bytes.get(message.payload, 0)

@@ -19,7 +19,7 @@ def images() -> Tensor:
 
 
 def pixels_by_loop(images: Tensor, patch: int) -> np.ndarray:
-    """Normalised pixels of one patch of every image, (row, column, channel) order."""
+    """Normalized pixels of one patch of every image, (row, column, channel) order."""
     top, left = patch // COLUMNS * PATCH, patch % COLUMNS * PATCH
     return np.array(
         [

@@ -18,7 +18,7 @@ from PIL import Image
 from deepmim_scale.analysis import attention, cka, losses, reconstruct
 from deepmim_scale.analysis.images import evenly_spaced, open_validation
 from deepmim_scale.cli import main
-from deepmim_scale.evaluate.features import embedded, load_model
+from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.images import normalize
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import debug, load_preset
@@ -50,7 +50,7 @@ def test_maps_are_the_models_own(finished_run) -> None:
     model = load_model(finished_run("debug"))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        hidden = embedded(model, images)
+        hidden = model.embed_whole(images)
         for maps, block in zip(
             attention.attention_maps(model, images), model.blocks.values(), strict=True
         ):

@@ -22,7 +22,7 @@ from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.images import normalize
-from deepmim_scale.objectives.clip import load_teacher
+from deepmim_scale.objectives.clip_teacher import load_teacher
 from deepmim_scale.runs.folder import load_run_config, read_metrics
 from deepmim_scale.train.pretrain import main
 

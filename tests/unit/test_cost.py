@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from deepmim_scale.methods import method_of
+from deepmim_scale.methods.base import prediction
 from deepmim_scale.plan import cost as costs
 from deepmim_scale.plan.hardware import GPUS, gpu_named, mfu
+from deepmim_scale.plan.messages import num_bytes
+from deepmim_scale.precision import Precision
 from deepmim_scale.presets import PRESETS, load_preset
 
 MIRL_S = [1.049, 1.093, 1.138, 1.182, 1.227, 1.272]
@@ -177,14 +181,18 @@ def test_teacher():
 def test_boundary_bytes():
     """16-bit bytes of a micro-batch of 128 at each segment's end of MIRL ViT-B-48."""
     config, images = model("mirl_vit_b_48"), 128
-    hidden = images * costs.boundary_bytes(model("deepmim_vit_b_48"), 12, "pure16")
+
+    def size(config: costs.ModelConfig, block: int, precision: Precision) -> int:
+        return images * num_bytes(method_of(config).boundary(config, block), precision)
+
+    hidden = size(model("deepmim_vit_b_48"), 12, Precision.PURE_BFLOAT16)
     assert hidden == 9_830_400
-    whole = [images * costs.boundary_bytes(config, tap, "pure16") for tap in config.taps[:-1]]
+    whole = [size(config, tap, Precision.PURE_BFLOAT16) for tap in config.taps[:-1]]
     assert whole == [hidden + 6_553_600 * count for count in (2, 3, 4, 5, 6)]
     # Under autocast the residual stream crosses in fp32.
-    autocast = images * costs.boundary_bytes(config, config.taps[0])
+    autocast = size(config, config.taps[0], Precision.BFLOAT16)
     assert autocast == 2 * hidden + 6_553_600 * 2
-    assert 2 * images * costs.prediction_values(config) == 28_901_376
+    assert images * num_bytes([prediction(config)], Precision.BFLOAT16) == 28_901_376
 
 
 @pytest.mark.parametrize("replicas", [1, 3, 8])

@@ -16,7 +16,7 @@ from deepmim_scale.batch import masking_from_noise
 from deepmim_scale.cli import main
 from deepmim_scale.evaluate import probes
 from deepmim_scale.evaluate.classes import open_classes
-from deepmim_scale.evaluate.features import hidden_states, load_model, pool
+from deepmim_scale.evaluate.features import load_model, pool
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 190, 40), "red": (210, 30, 20)}
 
@@ -52,7 +52,7 @@ def test_hidden_states_are_what_decoders_see(preset: str, finished_run) -> None:
 
     with torch.no_grad():
         model.encode(model.embed(images, masking_from_noise(order, 64)), tap)
-        states = list(hidden_states(model, images))
+        states = list(model.features(images))
         for (number, name), got in zip(model.decoder_names.items(), seen.values(), strict=True):
             expected = states[number - 1]
             if preset == "debug_mirl":

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepmim_scale.checkpoint import load_official
 from deepmim_scale.checkpoint.export import TENSORS, how_to_load
 from deepmim_scale.cli import main
-from deepmim_scale.evaluate.features import hidden_states, load_model
+from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import PRESETS, load_preset
 
@@ -36,7 +36,7 @@ def images() -> Tensor:
 
 def last(run: Path, images: Tensor) -> Tensor:
     """Our encoder's output for unmasked images, class token first."""
-    *_, tokens = hidden_states(load_model(run), images)
+    *_, tokens = load_model(run).features(images)
     return tokens
 
 

@@ -16,7 +16,6 @@ from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.images import normalize, patch_statistics, patchify
 from deepmim_scale.models import build_model
 from deepmim_scale.models.blocks import gather_tokens
-from deepmim_scale.objectives.hybrid import Generator
 from deepmim_scale.runs.folder import load_run_config, read_metrics
 from deepmim_scale.train.pretrain import main
 
@@ -42,12 +41,12 @@ def test_losses_equal_the_formula(norm_pix: bool) -> None:
     alphas = (0.0, 0.3, 1.0)
     config = ModelConfig(depth=3, taps=(1, 2, 3), norm_pix=norm_pix, hybrid_alphas=alphas, **SMALL)
     mae = ModelConfig(method="mae", depth=2, norm_pix=norm_pix, **SMALL)
-    model, generator = build_model(config).double(), Generator(build_model(mae, seed=1).double())
+    model, generator = build_model(config).double(), build_model(mae, seed=1).double()
     images, noise = torch.randn(2, 3, 24, 24).double(), torch.rand(2, 9)
-    x_hat = generator(images, noise)
+    x_hat = generator.reconstruct(images, noise)
     assert not x_hat.requires_grad
     out = model(images, noise=noise, teacher=x_hat, predictions=True)
-    everything = generator.model(images, noise=noise, predictions=True).predictions["block02"]
+    everything = generator(images, noise=noise, predictions=True).predictions["block02"]
     ids = model.masking(images, noise).ids_masked
     x = patchify(images, 8)
     if norm_pix:
@@ -57,7 +56,7 @@ def test_losses_equal_the_formula(norm_pix: bool) -> None:
         target = alpha * x + (1 - alpha) * everything
         expected = gather_tokens((pred - target) ** 2, ids).mean()
         torch.testing.assert_close(out.losses[name], expected, rtol=1e-10, atol=0)
-    with pytest.raises(ValueError, match="hybrid_alphas: need a reconstruction"):
+    with pytest.raises(ValueError, match="target=hybrid: needs a reconstruction"):
         model(images, noise=noise)
 
 
@@ -111,14 +110,16 @@ def test_run_learns_from_a_run(mae: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     pretrain("--preset", "debug", *words(data, run, "--taps=2,3,4", "--hybrid", str(mae)))
     config = load_run_config(run)
-    assert config.model.hybrid_alphas == (0, 0.5, 1)
+    assert config.model.mix_alphas == (0, 0.5, 1)
     # The validation losses of the last step, again, from both checkpoints.
     batches = validation(config, str(data))
-    model, generator, sums = load_model(run), Generator(load_model(mae)), torch.zeros(3)
+    model, generator, sums = load_model(run), load_model(mae), torch.zeros(3)
     for batch in batches:
         images = normalize(batch.images)
         with torch.no_grad():
-            out = model(images, noise=batch.noise, teacher=generator(images, batch.noise))
+            out = model(
+                images, noise=batch.noise, teacher=generator.reconstruct(images, batch.noise)
+            )
         sums += torch.stack(list(out.losses.values())) * len(images)
     found = list(read_metrics(run)[-1]["validation_losses"].values())
     assert found == pytest.approx((sums / 8).tolist(), rel=1e-5)
@@ -127,10 +128,13 @@ def test_run_learns_from_a_run(mae: Path, data: Path, tmp_path: Path) -> None:
 BAD = {
     "no run": ("--hybrid nowhere", "nowhere: is no run"),
     "mask": ("--hybrid MAE --mask-ratio 0.5", "has mask_ratio=0.75, this run mask_ratio=0.5"),
-    "method": ("--hybrid MAE --taps 4 --method mae", "are for method deepmim and loss pixel"),
+    "method": ("--hybrid MAE --taps 4 --method mae", "are for method deepmim and target pixel"),
     "count": ("--hybrid MAE --hybrid-alphas 0 1", "hybrid_alphas=0,1: must be 3 numbers"),
     "range": ("--hybrid MAE --hybrid-alphas 0 2 1", "hybrid_alphas=0,2,1: must lie in [0, 1]"),
-    "no generator": ("--hybrid-alphas 0 0.5 1", "need a run of method mae; give --hybrid RUN"),
+    "no generator": (
+        "--hybrid-alphas 0 0.5 1",
+        "needs a run of method mae",
+    ),
 }
 
 
@@ -154,4 +158,7 @@ def test_generator_must_be_an_mae(mae: Path, data: Path, tmp_path: Path, capsys)
     more = ["--taps=2,3,4", "--hybrid", str(run)]
     with pytest.raises(SystemExit):
         main(["--preset", "debug", *words(data, tmp_path / "run", *more)])
-    assert "a run of method deepmim; give one of method mae" in capsys.readouterr().err
+    assert (
+        "a run of method deepmim and target pixel; give one of method mae"
+        in capsys.readouterr().err
+    )

@@ -11,27 +11,29 @@ import tyro
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.pipeline.builders import build
+from deepmim_scale.methods import method_of
+from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt
+from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.plan import commands
 from deepmim_scale.plan.cost import (
-    boundary_bytes,
     model_cost,
     stage_cost,
     teacher_cost,
     zero2_state_bytes,
 )
 from deepmim_scale.plan.hardware import GPUS, NETWORKS
+from deepmim_scale.plan.messages import num_bytes, transfers_of
 from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.planner import Cluster, enumerate_plans, predict, to_json
 from deepmim_scale.plan.timing import (
     layout_of,
     memory_of,
-    messages_of,
     pipeline_of,
     profiled_times,
     times_of,
 )
+from deepmim_scale.precision import Precision
 from deepmim_scale.presets import load_preset
 
 
@@ -131,7 +133,9 @@ def test_memory_and_bytes_by_hand():
     memory = memory_of(config, layout, 64)
     assert plan.activation_bytes == 4 * (memory[0].encoder + memory[0].decoders)
     # An inner stage sends activations down and gradients up.
-    assert plan.boundary_bytes == 8 * 2 * 64 * boundary_bytes(config, 3)
+    assert plan.boundary_bytes == 8 * 2 * 64 * num_bytes(
+        method_of(config).boundary(config, 3), Precision.BFLOAT16
+    )
     one = predict(config, cluster("edr"), 1, "dib", 128, 1, reduction="per_microbatch")
     state = zero2_state_bytes(model_cost(config), 32, "per_microbatch")
     assert one.memory_bytes == state + one.activation_bytes
@@ -155,7 +159,12 @@ def test_long_steps_continue_at_the_slowest_rank(network):
             lambda *_: 8 / (NETWORKS[network] * 1e9),
             split=name == "dib_w",
         )
-        exact = build(name, pipeline_of(config, layout), 24, times, memory_of(config, layout, 32))
+        exact = build_schedule(
+            name,
+            SchedulingProblem(
+                pipeline_of(config, layout), 24, times, memory_of(config, layout, 32)
+            ),
+        )
         compute = plan.step_seconds - plan.reduction_seconds
         assert compute == pytest.approx(exact.timeline.makespan, rel=0.04), name
 
@@ -185,7 +194,7 @@ def test_too_small_a_memory():
 
 def test_messages_of_mirl():
     config = model("mirl_vit_b_48")
-    found = {(m.payload, m.source, m.target) for m in messages_of(config, layout_of(config, 3), 1)}
+    found = {(m.payload, m.source, m.target) for m in transfers_of(config, layout_of(config, 3), 1)}
     assert ("prediction", 0, 2) in found
     assert ("prediction_gradient", 2, 0) in found
     assert not any(source == target for _, source, target in found)
@@ -221,7 +230,12 @@ def test_mirl_on_v_gains_over_folded_1f1b(capsys):
             gains = {}
             for microbatches in (3, 6, 12, 24):
                 folded, dib = (
-                    build(name, pipeline, microbatches, times_of(config, layout, 1, 1e12), memory)
+                    build_schedule(
+                        name,
+                        SchedulingProblem(
+                            pipeline, microbatches, times_of(config, layout, 1, 1e12), memory
+                        ),
+                    )
                     for name in ("1f1b", "dib")
                 )
                 gains[microbatches] = round(folded.timeline.makespan / dib.timeline.makespan, 2)
@@ -309,12 +323,14 @@ def test_svg_of_the_v(tmp_path):
     pytest.importorskip("matplotlib")
     config = model("debug_mirl")
     layout = layout_of(config, 3, "v")
-    built = build(
+    built = build_schedule(
         "dib",
-        pipeline_of(config, layout, "v"),
-        3,
-        times_of(config, layout, 8, 1e9),
-        memory_of(config, layout, 8),
+        SchedulingProblem(
+            pipeline_of(config, layout, "v"),
+            3,
+            times_of(config, layout, 8, 1e9),
+            memory_of(config, layout, 8),
+        ),
     )
     draw_gantt(built.timeline, tmp_path / "v.svg", "V")
     assert "deep stage" in (tmp_path / "v.svg").read_text()

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepmim_scale.pipeline.builders import build
-from deepmim_scale.pipeline.ir import Durations, Instruction, Pipeline, to_json
+from deepmim_scale.pipeline.builders import SchedulingProblem
+from deepmim_scale.pipeline.files import instructions_to_json
+from deepmim_scale.pipeline.ir import Durations, Instruction, Pipeline
+from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.pipeline.simulate import Deadlock, Memory
 from deepmim_scale.pipeline.validate import ScheduleError, validate
 
@@ -36,7 +38,7 @@ def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0)
 def make(name, pipeline, num_microbatches, seed=3, transfer=0.0):
     times = times_of(pipeline.num_stages, name in ("dib_w", "zb_h1"), seed, transfer)
     memory = [Memory(10, 8, 4)] * pipeline.num_stages
-    return build(name, pipeline, num_microbatches, times, memory)
+    return build_schedule(name, SchedulingProblem(pipeline, num_microbatches, times, memory))
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,7 +184,7 @@ def test_validator_finds_memory():
 
 def test_json_has_no_empty_fields():
     schedule = make("1f1b", Pipeline(2, (True, True)), 1).schedule
-    first, second = to_json(schedule, 1)[:2]
+    first, second = instructions_to_json(schedule, 1)[:2]
     assert first == {
         "kind": "receive",
         "stage": 1,

@@ -3,9 +3,10 @@
 import pytest
 
 from deepmim_scale.pipeline import builders
-from deepmim_scale.pipeline.builders import build
+from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.ir import Durations, Pipeline
 from deepmim_scale.pipeline.list_scheduler import list_order
+from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.pipeline.simulate import Memory, peak_activation_bytes, simulate
 from deepmim_scale.plan import cost as costs
 from deepmim_scale.presets import load_preset
@@ -50,7 +51,9 @@ def built(name, forward, decoder, num_microbatches, memory=None):
     split = name in ("zb_h1", "dib_w")
     pipeline = Pipeline(len(forward), tuple(d > 0 for d in decoder))
     memory = memory or [Memory(1, 1, 1)] * len(forward)
-    return build(name, pipeline, num_microbatches, times(forward, decoder, split), memory)
+    return build_schedule(
+        name, SchedulingProblem(pipeline, num_microbatches, times(forward, decoder, split), memory)
+    )
 
 
 @pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 2), (4, 4), (4, 8), (8, 16), (5, 7)])
@@ -155,8 +158,10 @@ def test_search_knows_of_transfers():
     compute = times([1.0] * 3, [1.5] * 3, False).compute
     transfer = {(p, s): 0.4 for p in ("activation", "gradient") for s in range(3)}
     pipeline, memory = Pipeline(3, (True,) * 3), [Memory(1, 1, 1)] * 3
-    slow = build("dib", pipeline, 6, Durations(compute, transfer), memory)
-    blind = build("dib", pipeline, 6, Durations(compute, {}), memory)
+    slow = build_schedule(
+        "dib", SchedulingProblem(pipeline, 6, Durations(compute, transfer), memory)
+    )
+    blind = build_schedule("dib", SchedulingProblem(pipeline, 6, Durations(compute, {}), memory))
     # An inner rank takes up two messages for each micro-batch and computes nothing meanwhile.
     assert slow.timeline.receiving == pytest.approx((2.4, 4.8, 2.4))
     assert slow.timeline.makespan >= blind.timeline.makespan + 2.4

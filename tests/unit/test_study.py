@@ -17,7 +17,7 @@ import pytest
 
 from deepmim_scale.arguments import parse
 from deepmim_scale.cli import main
-from deepmim_scale.config import RunConfig, validated
+from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.study import report, runner
 from deepmim_scale.study.cells import Cell, build_cells
@@ -406,4 +406,4 @@ def test_the_command_on_the_page_is_the_study(tmp_path: Path) -> None:
 
 def test_save_every() -> None:
     with pytest.raises(UserError, match="save_every=-1: must not be negative"):
-        validated(lambda: RunConfig(save_every=-1))
+        RunConfig(save_every=-1)
