@@ -54,38 +54,35 @@ def _ours(
     import torch
 
     from deepmim_scale.config import RunConfig
-    from deepmim_scale.data.backends import build_backend
-    from deepmim_scale.data.feed import build_feed
-    from deepmim_scale.data.manifest import open_manifest
+    from deepmim_scale.data.choose_backend import build_backend
+    from deepmim_scale.data.folder_source import open_folder
     from deepmim_scale.data.sample_plan import SamplePlan
+    from deepmim_scale.data.step_loader import Share, Span, build_step_loader
     from deepmim_scale.images import normalize
 
     config = RunConfig(loader_threads=cores)
-    manifest = open_manifest(data)
-    plan = SamplePlan(len(manifest), 0, BATCH)
+    source = open_folder(data)
+    plan = SamplePlan(len(source), 0, BATCH)
 
     def epoch() -> Iterator[int]:
         backend, _ = build_backend(
             config,
-            manifest,
+            source,
             BATCH,
             torch.device(device),
             loader,
             "mixed" if device == "cuda" else "cpu",
         )
-        feed = build_feed(
+        step_loader = build_step_loader(
             config,
-            manifest,
+            source,
             plan,
-            replica=0,
-            num_replicas=1,
-            num_microbatches=1,
-            start_step=0,
-            num_steps=plan.steps_per_epoch,
+            Share(),
+            Span(0, plan.steps_per_epoch),
             backend=backend,
             device=torch.device(device),
         )
-        for (batch,) in feed:
+        for (batch,) in step_loader:
             images = normalize(batch.images) if normalized else batch.images
             yield len(images)
 
@@ -242,10 +239,10 @@ def training(preset: str, data: str, cores: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     import torch
 
-    from deepmim_scale.data.feed import build_feed
-    from deepmim_scale.data.manifest import find_split, open_manifest
+    from deepmim_scale.data.open_source import open_source
     from deepmim_scale.data.sample_plan import SamplePlan
     from deepmim_scale.data.samples import write_samples
+    from deepmim_scale.data.step_loader import Share, Span, build_step_loader
     from deepmim_scale.images import normalize
     from deepmim_scale.models import build_model, local_backward
     from deepmim_scale.presets import load_preset
@@ -256,30 +253,22 @@ def training(preset: str, data: str, cores: int) -> None:
         if not data:
             data = f"{temporary}/set"
             write_samples(data)
-        folder = find_split(data, "train")
-        assert folder is not None, "find_split raises where there is none"
-        manifest = open_manifest(folder)
+        source = open_source(data, "train")
+        assert source is not None, "a source raises where there is nothing to train on"
         batch = config.microbatch_size
-        feed = build_feed(
-            config,
-            manifest,
-            SamplePlan(len(manifest), 0, batch),
-            replica=0,
-            num_replicas=1,
-            num_microbatches=1,
-            start_step=0,
-            num_steps=steps,
+        loader = build_step_loader(
+            config, source, SamplePlan(len(source), 0, batch), Share(), Span(0, steps)
         )
         model = build_model(config.model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         waited = 0.0
-        for step, (micro_batch,) in enumerate(feed):
+        for step, (micro_batch,) in enumerate(loader):
             if step == warm:
                 began = time.perf_counter()
             local_backward(model, normalize(micro_batch.images), noise=micro_batch.noise)
             optimizer.step()
             optimizer.zero_grad()
-            waited += feed.wait_seconds if step > warm else 0.0
+            waited += loader.wait_seconds if step > warm else 0.0
         seconds = time.perf_counter() - began
     print(
         f"{preset}: {(steps - warm) * batch / seconds:.0f} images/s on {cores} cores, "

@@ -24,9 +24,14 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_study",
         "predict or measure a model over depths, stages and schedules",
     ),
-    "data samples": ("data.commands", "SamplesArgs", "run_samples", "write a small sample set"),
-    "data scan": ("data.commands", "ScanArgs", "run_scan", "list an image folder once"),
-    "data verify": ("data.commands", "VerifyArgs", "run_verify", "decode every image"),
+    "data samples": (
+        "data.commands",
+        "SamplesArguments",
+        "run_samples",
+        "write a small sample set",
+    ),
+    "data scan": ("data.commands", "ScanArguments", "run_scan", "list an image folder once"),
+    "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
     "evaluate digits": (
         "evaluate.commands",
         "DigitsArguments",

@@ -251,6 +251,8 @@ class RunConfig(FrozenConfig):
     """Target ema: share of the teacher's weights that a step keeps."""
     data: str = ""
     """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it for validation), or DIR itself."""
+    cache: str = ""
+    """Folder for listings of the data (default: beside the images)."""
     output: str = ""
     """Folder of the run (default runs/<preset>)."""
     deepspeed_config: str = ""

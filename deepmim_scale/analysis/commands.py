@@ -81,16 +81,17 @@ def run_reconstruct(arguments: ReconstructArguments) -> None:
     from deepmim_scale.evaluate.features import load_model
 
     model = load_model(arguments.run, arguments.from_step)
-    manifest, batches = reconstruct.validation(config, arguments.data or config.data)
+    batches = reconstruct.validation(config, arguments.data or config.data)
+    count = sum(len(batch.images) for batch in batches)
     errors = reconstruct.validation_errors(model, batches)
     guess, meaning = reconstruct.GUESSES[config.model.norm_pix]
-    print(f"validation masked mean squared error ({len(manifest)} images, normalized pixels)")
+    print(f"validation masked mean squared error ({count} images, normalized pixels)")
     if config.model.norm_pix:
         print(f"  {reconstruct.GIVEN} to the decoders, the mean to the guess")
     for name, value in errors.items():
         print(f"  {name:14s} {value:.4f}  {value / errors[guess]:5.2f} of guessing {meaning}")
-    reconstruct.draw(model, reconstruct.pick_examples(manifest, batches), picture)
-    content = {"images": len(manifest), "guess": guess, "errors": errors}
+    reconstruct.draw(model, reconstruct.pick_examples(batches), picture)
+    content = {"images": count, "guess": guess, "errors": errors}
     _write(content, picture, json_file)
 
 
@@ -126,11 +127,12 @@ def run_attention(arguments: AttentionArguments) -> None:
     from deepmim_scale.analysis.images import evenly_spaced, open_validation, whole_images
     from deepmim_scale.evaluate.features import load_model
 
-    manifest = evenly_spaced(open_validation(arguments.data or config.data), arguments.images)
+    source = open_validation(arguments.data or config.data, config.cache)
+    ids = evenly_spaced(source, arguments.images)
     model = load_model(arguments.run, arguments.from_step)
-    blocks = attention.measure(model, whole_images(config, manifest))
+    blocks = attention.measure(model, whole_images(config, source, ids))
     uniform = attention.patch_distances(config.model.grid_size).mean().item()
-    print(f"attention of {len(manifest)} validation images; distances in patches")
+    print(f"attention of {len(ids)} validation images; distances in patches")
     for block in blocks:
         low, high, mean = (f(block.distances) for f in (min, max, fmean))
         print(
@@ -139,7 +141,7 @@ def run_attention(arguments: AttentionArguments) -> None:
         )
     print(f"  uniform attention: {uniform:.2f}")
     attention.draw(blocks, uniform, picture)
-    content = {"images": len(manifest), "uniform": uniform, "blocks": [asdict(b) for b in blocks]}
+    content = {"images": len(ids), "uniform": uniform, "blocks": [asdict(b) for b in blocks]}
     _write(content, picture, json_file)
 
 
@@ -159,22 +161,23 @@ def run_cka(arguments: CkaArguments) -> None:
     from deepmim_scale.evaluate.features import load_model
 
     data = arguments.data or configs[0].data
-    manifest = evenly_spaced(open_validation(data), arguments.images)
-    if len(manifest) < cka.FEWEST:
-        raise UserError(f"data={data}: {len(manifest)} validation images; cka needs {cka.FEWEST}")
+    source = open_validation(data, configs[0].cache)
+    ids = evenly_spaced(source, arguments.images)
+    if len(ids) < cka.FEWEST:
+        raise UserError(f"data={data}: {len(ids)} validation images; cka needs {cka.FEWEST}")
     features = {
-        side: cka.block_features(load_model(*side), whole_images(config, manifest))
+        side: cka.block_features(load_model(*side), whole_images(config, source, ids))
         for side, config in zip(sides, configs, strict=True)
     }
     table = cka.cka(features[sides[0]], features[sides[1]])
-    print(f"linear CKA of blocks (rows: {runs[0]}, columns: {runs[1]}), {len(manifest)} images")
+    print(f"linear CKA of blocks (rows: {runs[0]}, columns: {runs[1]}), {len(ids)} images")
     rows, columns = (even_taps(size, min(size, SHOWN)) for size in table.shape)
     print("         " + " ".join(f"{block:5d}" for block in columns))
     for row in rows:
         print(f"  {row:5d}  " + " ".join(f"{table[row - 1, c - 1]:5.2f}" for c in columns))
     names = [Path(run).name for run in runs]
     cka.draw(table, names, [config.model.taps for config in configs], picture)
-    content = {"images": len(manifest), "runs": runs, "cka": table.tolist()}
+    content = {"images": len(ids), "runs": runs, "cka": table.tolist()}
     _write(content, picture, json_file)
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from deepmim_scale.analysis.images import open_validation
 from deepmim_scale.batch import Batch
 from deepmim_scale.config import RunConfig
-from deepmim_scale.data.feed import iter_validation
-from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.data.step_loader import iter_validation
 from deepmim_scale.errors import UserError
 from deepmim_scale.images import (
     normalize,
@@ -125,20 +124,19 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
     pyplot.close(figure)
 
 
-def validation(config: RunConfig, data: str) -> tuple[Manifest, list[Batch]]:
+def validation(config: RunConfig, data: str) -> list[Batch]:
     """The validation images of `data` with their fixed masks; UserError if it has none."""
-    manifest = open_validation(data)
-    return manifest, list(iter_validation(config, manifest, replica=0, num_replicas=1))
+    return list(iter_validation(config, open_validation(data, config.cache)))
 
 
-def pick_examples(manifest: Manifest, batches: list[Batch]) -> Batch:
+def pick_examples(batches: list[Batch]) -> Batch:
     """One image of each of the first classes, then images spread over the whole set."""
-    first = {int(label): i for i, label in reversed(list(enumerate(manifest.labels)))}
-    step = max(len(manifest) // NUM_SPREAD, 1)
-    spread = range(step // 2, len(manifest), step)
+    labels = [label for batch in batches if batch.labels is not None for label in batch.labels]
+    first = {int(label): i for i, label in reversed(list(enumerate(labels)))}
+    step = max(len(labels) // NUM_SPREAD, 1)
+    spread = range(step // 2, len(labels), step)
     chosen = list(dict.fromkeys([*sorted(first.values())[:NUM_CLASSES], *spread[:NUM_SPREAD]]))
-    images, noise, ids = (
-        torch.cat([getattr(batch, key) for batch in batches])[chosen]
-        for key in ("images", "noise", "sample_ids")
+    keys = batches[0].tensors()
+    return Batch(
+        **{key: torch.cat([batch.tensors()[key] for batch in batches])[chosen] for key in keys}
     )
-    return Batch(images, noise, ids)

@@ -1,8 +1,9 @@
 """What a decoding backend is.
 
-A backend is a function Iterator[DecodeRequest] -> Iterator[(DecodeRequest, images)].
-It may read ahead, keeps the order, and raises BadImage at the micro-batch with the bad file.
- Legend: B micro-batch, S side.
+A backend is a function Iterator[DecodeRequest] -> Iterator[(DecodeRequest, images)] that holds the
+source it reads from. It may read ahead, keeps the order, and raises BadImage at the micro-batch
+with the bad file.
+Legend: B micro-batch, S side.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure
 
 
-class BadImage(UserError):
+class BadImage(RunFailure):
     """An image that cannot be decoded; the message names the file where the decoder does."""
 
 
@@ -26,8 +27,6 @@ class DecodeRequest:
 
     ids: np.ndarray
     """Sample ids, int64 [B]."""
-    paths: list[str]
-    """Files, B of them."""
     boxes: np.ndarray
     """Crops (top, left, height, width), int32 [B, 4]."""
     flips: np.ndarray

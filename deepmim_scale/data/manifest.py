@@ -9,26 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import exists, isdir, realpath
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from deepmim_scale.data.cache import MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME
+from deepmim_scale.data.source import name_few, printable
 from deepmim_scale.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-MANIFEST_NAME = "manifest.npz"
-QUARANTINE_NAME = "quarantine.txt"
-REPORT_NAME = "verify.json"
 OWN_FILES = (MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME, "ATTRIBUTION.txt")
 SCAN_THREADS = 8
 
@@ -44,10 +41,8 @@ class Manifest:
     """Class of each image, int32 [N]."""
     classes: tuple[str, ...]
     """Names of the classes; a flat folder has one, `.`."""
-    heights: np.ndarray
-    """Heights in pixels, int32 [N], without EXIF rotation."""
-    widths: np.ndarray
-    """Widths in pixels, int32 [N]."""
+    sizes: np.ndarray
+    """Heights and widths in pixels, int32 [N, 2], without EXIF rotation; 0 x 0 if unreadable."""
     num_bytes: np.ndarray
     """File sizes, int64 [N]."""
     notes: tuple[str, ...] = ()
@@ -55,11 +50,6 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @cached_property
-    def paths(self) -> list[str]:
-        """Full paths, in order of the sample ids."""
-        return [os.path.join(self.root, name) for name in self.names]
 
     @cached_property
     def sha(self) -> str:
@@ -71,19 +61,6 @@ class Manifest:
         classes = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}"
         return f"{len(self):,} images, {classes} in {printable(self.root)} (sha {self.sha[:8]})"
 
-    def keep(self, chosen: np.ndarray, *notes: str) -> Manifest:
-        """The images where `chosen` (bool [N]) holds; classes keep their numbers."""
-        return Manifest(
-            self.root,
-            tuple(np.array(self.names, dtype=object)[chosen]),
-            self.labels[chosen],
-            self.classes,
-            self.heights[chosen],
-            self.widths[chosen],
-            self.num_bytes[chosen],
-            self.notes + notes,
-        )
-
     def save(self, path: Path) -> None:
         """Write an .npz, atomically."""
         text = {"names": self.names, "classes": self.classes, "notes": self.notes}
@@ -93,35 +70,12 @@ class Manifest:
                 temporary,
                 text=json.dumps(text),
                 labels=self.labels,
-                heights=self.heights,
-                widths=self.widths,
+                sizes=self.sizes,
                 num_bytes=self.num_bytes,
             )
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def find_split(data: str, split: str) -> Path | None:
-    """The folder of `train` or `val`: DIR/<split>; for `train` else DIR itself, for `val` None.
-
-    Raises UserError if DIR is missing, or has val but no train (its classes would mix).
-    """
-    root = Path(data)
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        parent = next(path for path in root.absolute().parents if path.is_dir())
-        raise UserError(
-            f"data={data}: must be an image folder, found {found} ({parent} exists); "
-            "`deepmim-scale data samples DIR` writes a small one"
-        )
-    if (root / split).is_dir():
-        return root / split
-    if split == "val":
-        return None
-    if (root / "val").is_dir():
-        raise UserError(f"data={data}: has a folder val but no train; rename or add train")
-    return root
 
 
 def scan_folder(root: str | Path) -> Manifest:
@@ -144,60 +98,20 @@ def scan_folder(root: str | Path) -> Manifest:
     labels = np.array([number["." if flat else name.split("/")[0]] for name in names], np.int32)
     empty = sorted(set(classes) - {classes[label] for label in labels})
     if empty:
-        notes.append(f"empty class folders (they keep their numbers): {_few(empty)}")
+        notes.append(f"empty class folders (they keep their numbers): {name_few(empty)}")
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         headers = pool.map(_header, [str(root / name) for name in names])
         progress = tqdm(headers, total=len(names), unit="img", disable=None, desc="headers")
         sizes = np.array(list(progress), np.int32)
     num_bytes = np.array([size for _, size in listing], np.int64)
-    return Manifest(
-        str(root), names, labels, tuple(classes), sizes[:, 0], sizes[:, 1], num_bytes, tuple(notes)
-    )
+    return Manifest(str(root), names, labels, tuple(classes), sizes, num_bytes, tuple(notes))
 
 
-def open_manifest(root: str | Path, on_bad: Literal["fail", "replace"] = "fail") -> Manifest:
-    """What training uses: the saved manifest or a scan, without quarantined and unreadable files.
-
-    Raises UserError if the saved manifest does not match the files that are there now, or, with
-    on_bad `fail`, if headers are unreadable.
-    """
-    root = Path(root)
-    saved = root / MANIFEST_NAME
-    manifest = _load(root, saved) if saved.exists() else scan_folder(root)
-    quarantined = read_quarantine(root)
-    good = np.array([name not in quarantined for name in manifest.names], bool)
-    if not good.all():
-        note = f"{(~good).sum()} quarantined images left out ({root / QUARANTINE_NAME})"
-        manifest = manifest.keep(good, note)
-    readable = manifest.heights > 0
-    if readable.all():
-        return manifest
-    bad = [name for name, good in zip(manifest.names, readable, strict=True) if not good]
-    if on_bad == "fail":
-        raise UserError(
-            f"data={root}: {len(bad)} unreadable images: {_few(bad)}; "
-            f"run `deepmim-scale data verify {root}` or use --on-bad replace"
-        )
-    return manifest.keep(readable, f"{len(bad)} unreadable images left out: {_few(bad)}")
-
-
-def read_quarantine(root: Path) -> set[str]:
-    """Names below root that `data verify` found bad; empty if it never ran."""
-    path = root / QUARANTINE_NAME
-    if not path.exists():
-        return set()
-    fields = (line.split("\t")[0] for line in path.read_text(encoding="utf-8").split("\n"))
-    # An image's name ends in an extension, so a quote at the end is JSON's.
-    return {json.loads(field) if field.endswith('"') else field for field in fields}
-
-
-def printable(name: str) -> str:
-    """A file's name on one printable line; one that would not be becomes a JSON string."""
-    return name if name.isprintable() else json.dumps(name)
-
-
-def _load(root: Path, saved: Path) -> Manifest:
-    again = f"run `deepmim-scale data scan {root}` again"
+def load_manifest(root: Path, saved: Path) -> Manifest:
+    """The manifest of `root` that lies at `saved`; UserError if it is damaged or stale."""
+    # A scan keeps a cache where it finds one, so name the one that is meant.
+    cache = "" if saved.parent == root else f" --cache {saved.parent.parent}"
+    again = f"run `deepmim-scale data scan {root}{cache}` again"
     try:
         with np.load(saved) as arrays:
             text = json.loads(str(arrays["text"]))
@@ -206,17 +120,16 @@ def _load(root: Path, saved: Path) -> Manifest:
                 tuple(text["names"]),
                 arrays["labels"],
                 tuple(text["classes"]),
-                arrays["heights"],
-                arrays["widths"],
+                arrays["sizes"],
                 arrays["num_bytes"],
                 tuple(text["notes"]),
             )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"data={root}: {MANIFEST_NAME} cannot be read; {again}") from error
+    except Exception as error:  # flipped bits raise anything, from zlib.error to SyntaxError
+        raise UserError(f"data={root}: {saved} cannot be read; {again}") from error
     listing, _ = list_images(root)
     if listing_sha(listing) != manifest.sha:
         raise UserError(
-            f"data={root}: {MANIFEST_NAME} is stale ({len(manifest)} images listed, "
+            f"data={root}: {saved} is stale ({len(manifest)} images listed, "
             f"{len(listing)} there, or sizes changed); {again}"
         )
     return manifest
@@ -256,7 +169,7 @@ def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
         counts = (f"{count} {printable(extension)}" for extension, count in others.most_common(5))
         notes.append(f"files of other kinds ignored: {', '.join(counts)}")
     if links:
-        notes.append(f"{len(links)} broken or circular links left out: {_few(links)}")
+        notes.append(f"{len(links)} broken or circular links left out: {name_few(links)}")
     if not found:
         raise UserError(
             f"data={root}: no images; found {sum(map(isdir, _entries(root)))} folders and "
@@ -280,8 +193,3 @@ def listing_sha(listing: Iterable[tuple[str, int]]) -> str:
     for name, size in listing:
         digest.update(os.fsencode(name) + f"\0{size}\n".encode())
     return digest.hexdigest()
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(printable, names[:3])) + more

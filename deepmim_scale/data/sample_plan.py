@@ -66,12 +66,12 @@ class SamplePlan:
         return permutation(self.seed, epoch, self.num_samples)[start : start + self.global_batch]
 
     def micro_batch(
-        self, step: int, microbatch: int, replica: int, num_microbatches: int, num_replicas: int
+        self, step: int, microbatch: int, dp_rank: int, num_microbatches: int, num_replicas: int
     ) -> np.ndarray:
-        """Ids of one micro-batch, int64 [B]: slice microbatch * D + replica of the global batch."""
+        """Ids of one micro-batch, int64 [B]: slice microbatch * D + dp_rank of the global batch."""
         parts = num_microbatches * num_replicas
         assert self.global_batch % parts == 0, f"{self.global_batch} samples in {parts} parts"
-        return self.sample_ids(step).reshape(parts, -1)[microbatch * num_replicas + replica]
+        return self.sample_ids(step).reshape(parts, -1)[microbatch * num_replicas + dp_rank]
 
     def replacement(self, step: int, sample_id: int, attempt: int) -> int:
         """The sample `attempt` places after `sample_id` in the epoch's order (around its end)."""

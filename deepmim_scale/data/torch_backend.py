@@ -17,10 +17,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from deepmim_scale.data.backend import BadImage, DecodeRequest
+from deepmim_scale.data.source import Source
 
 EXIF_WITHIN = 4096  # bytes from the start of the file
 
-Read = Callable[[str], np.ndarray]
+CACHE_BYTES = 256 * 1024**2  # decoded images of a set up to this size stay in memory
+
+# Sample id -> RGB, uint8 [H, W, 3]. Called on the decoding threads; raises BadImage by name.
+ReadImage = Callable[[int], np.ndarray]
 
 
 @functools.cache
@@ -37,18 +41,36 @@ def jpeg_decoder() -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
 
         return "torchvision", functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
     except ImportError:
-        return "PIL", lambda data: torch.from_numpy(_pil_rgb(data.numpy())).permute(2, 0, 1)
+        return "PIL", lambda data: torch.from_numpy(_pil_rgb(data.numpy().tobytes())).permute(
+            2, 0, 1
+        )
 
 
-def read_image(path: str) -> np.ndarray:
-    """Decode a file to RGB, uint8 [H, W, 3], without EXIF rotation; raises BadImage."""
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode to RGB, uint8 [H, W, 3], without EXIF rotation; raises BadImage with the reason."""
     try:
-        data = np.fromfile(path, np.uint8)
-        if data[:2].tobytes() == b"\xff\xd8":
-            return jpeg_decoder()[1](torch.from_numpy(data)).permute(1, 2, 0).numpy()
+        if data[:2] == b"\xff\xd8":
+            # The decoders take a tensor that may be written; bytes may not.
+            pixels = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+            return jpeg_decoder()[1](pixels).permute(1, 2, 0).numpy()
         return _pil_rgb(data)
     except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: {_reason(error)}") from error
+        raise BadImage(_reason(error)) from error
+
+
+def image_reader(source: Source) -> ReadImage:
+    """Reads and decodes samples of `source`; images of a small set stay in memory."""
+
+    def read_image(sample_id: int) -> np.ndarray:
+        try:
+            return decode_image(source.read(sample_id))
+        except OSError as error:
+            raise BadImage(f"{source.name(sample_id)}: {error.strerror or error}") from error
+        except BadImage as error:
+            raise BadImage(f"{source.name(sample_id)}: {error}") from error
+
+    num_pixels = int(source.sizes.astype(np.int64).prod(axis=1).sum())
+    return read_image if 3 * num_pixels > CACHE_BYTES else functools.cache(read_image)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -83,25 +105,25 @@ def center(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def stream(
-    jobs: Iterator[DecodeRequest],
+    requests: Iterator[DecodeRequest],
+    read_image: ReadImage,
     size: int,
     threads: int,
-    read: Read = read_image,
     prefetch: int = 2,
 ) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
     """The backend: up to `prefetch` micro-batches are decoded at once, in order."""
     pending: deque[tuple[DecodeRequest, Callable[[], torch.Tensor]]] = deque()
-    for rows in jobs:
-        pending.append((rows, start(rows, size, threads, read)))
+    for request in requests:
+        pending.append((request, start(request, read_image, size, threads)))
         if len(pending) == prefetch:
             first, wait = pending.popleft()
             yield first, wait()
-    for rows, wait in pending:
-        yield rows, wait()
+    for request, wait in pending:
+        yield request, wait()
 
 
 def start(
-    rows: DecodeRequest, size: int, threads: int, read: Read = read_image
+    request: DecodeRequest, read_image: ReadImage, size: int, threads: int
 ) -> Callable[[], torch.Tensor]:
     """Start decoding one micro-batch; the function returned waits for it, uint8 [B, 3, S, S].
 
@@ -109,14 +131,15 @@ def start(
     """
 
     def make(i: int) -> np.ndarray:
-        return crop(read(rows.paths[i]), rows.boxes[i], rows.flips[i], size)
+        image = read_image(int(request.ids[i]))
+        return crop(image, request.boxes[i], request.flips[i], size)
 
-    return _start(make, len(rows.paths), size, threads)
+    return _start(make, len(request.ids), size, threads)
 
 
-def decode_whole(paths: list[str], size: int, threads: int, read: Read) -> torch.Tensor:
+def decode_whole(ids: np.ndarray, read_image: ReadImage, size: int, threads: int) -> torch.Tensor:
     """Validation images as `center` makes them, uint8 [B, 3, S, S]; raises BadImage."""
-    return _start(lambda i: center(read(paths[i]), size), len(paths), size, threads)()
+    return _start(lambda i: center(read_image(int(ids[i])), size), len(ids), size, threads)()
 
 
 def _start(
@@ -145,8 +168,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
 
-def _pil_rgb(data: np.ndarray) -> np.ndarray:
-    with Image.open(io.BytesIO(data.tobytes())) as image:
+def _pil_rgb(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
         if image.mode.startswith("I"):  # 16 bits: PIL would clip at 255 instead of scaling
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(gray[:, :, None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""Decode every image of a folder once and list the bad ones, which training then leaves out.
+"""Decode every image of a folder once and list the bad ones, which training then replaces.
 
 A header check misses truncation and flipped bits: only a full decode shows them, and flipped bits
 only as a warning that libjpeg writes to stderr, so that is captured.
@@ -19,14 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from deepmim_scale.data.backend import BadImage
-from deepmim_scale.data.manifest import (
-    QUARANTINE_NAME,
-    REPORT_NAME,
-    list_images,
-    listing_sha,
-    printable,
-)
-from deepmim_scale.data.torch_backend import read_image
+from deepmim_scale.data.cache import QUARANTINE_NAME, REPORT_NAME
+from deepmim_scale.data.manifest import list_images, listing_sha
+from deepmim_scale.data.source import printable
+from deepmim_scale.data.torch_backend import decode_image
 
 CHUNK = 64
 STATE_NAME = ".verify.jsonl"
@@ -34,14 +30,16 @@ STATE_NAME = ".verify.jsonl"
 Finding = tuple[str, str, str]  # name, "unreadable" or "damaged", reason
 
 
-def verify_folder(root: Path, threads: int) -> dict[str, Any]:
-    """Check all images; writes verify.json and quarantine.txt into the folder, returns the report.
+def verify_folder(root: Path, threads: int, results: Path | None = None) -> dict[str, Any]:
+    """Check all images; writes verify.json and quarantine.txt, returns the report.
 
-    An interrupted check goes on where it stopped, as long as the files are the same.
+    They go into the folder `results` (default: beside the images). An interrupted check goes on
+    where it stopped, as long as the files are the same.
     """
+    results = results or root
     listing, _ = list_images(root)
     names, sha = [name for name, _ in listing], listing_sha(listing)
-    state = root / STATE_NAME
+    state = results / STATE_NAME
     done, bad = _resume(state, sha)
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -66,9 +64,9 @@ def verify_folder(root: Path, threads: int) -> dict[str, Any]:
         "damaged": kinds["damaged"],
         "bad": [{"file": name, "kind": kind, "reason": reason} for name, kind, reason in bad],
     }
-    _write(root / REPORT_NAME, json.dumps(report, indent=1) + "\n")
+    _write(results / REPORT_NAME, json.dumps(report, indent=1) + "\n")
     lines = (f"{printable(name)}\t{kind}: {reason}\n" for name, kind, reason in bad)
-    _write(root / QUARANTINE_NAME, "".join(lines))
+    _write(results / QUARANTINE_NAME, "".join(lines))
     state.unlink()
     return report
 
@@ -105,9 +103,11 @@ def _check_chunk(root: Path, names: list[str], pool: ThreadPoolExecutor) -> list
 
 def _unreadable(path: Path) -> str | None:
     try:
-        read_image(str(path))
+        decode_image(path.read_bytes())
+    except OSError as error:
+        return error.strerror or str(error)
     except BadImage as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error)
     return None
 
 

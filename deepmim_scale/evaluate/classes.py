@@ -1,6 +1,6 @@
 """Two labelled parts of an image folder, DIR/train/<class> and DIR/val/<class>. Imports no torch.
 
-Legend: N training images, M validation images.
+Legend: N good training images, M good validation images.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.data.open_source import open_source
+from deepmim_scale.data.source import Source, good_ids
 from deepmim_scale.errors import UserError
 
 
@@ -18,8 +19,8 @@ from deepmim_scale.errors import UserError
 class Classes:
     """The two parts of a labelled folder; labels count the classes of train in sorted order."""
 
-    train: Manifest
-    val: Manifest
+    train: Source
+    val: Source
     labels: np.ndarray
     """int64 [N]."""
     expected: np.ndarray
@@ -36,26 +37,29 @@ class Classes:
         return float((self.expected == np.bincount(self.labels).argmax()).mean())
 
 
-def _class_names(manifest: Manifest) -> list[str]:
-    return [manifest.classes[label] for label in manifest.labels]
+def _class_names(source: Source) -> list[str]:
+    """The class of each good image, in the order in which features are computed."""
+    return [source.classes[label] for label in source.labels[good_ids(source)]]
 
 
-def open_classes(data: str) -> Classes:
+def open_classes(data: str, cache: str = "") -> Classes:
     """UserError if train or val lacks classes, has a single one, or val has others than train."""
-    val_folder, train_folder = find_split(data, "val"), find_split(data, "train")
-    if val_folder is None or train_folder is None:
+    val = open_source(data, "val", cache=cache)
+    train = open_source(data, "train", cache=cache)
+    if val is None or train is None:
         raise UserError(f"data={data}: has no val; needs {data}/train/<class> and val/<class>")
-    train, val = open_manifest(train_folder), open_manifest(val_folder)
-    for manifest in (train, val):
-        if manifest.classes == (".",):
-            raise UserError(f"data={manifest.root}: has no classes; needs a folder for each")
+    for part in (train, val):
+        if part.classes == (".",):
+            raise UserError(f"data={part.location}: has no classes; needs a folder for each")
     names = sorted(set(_class_names(train)))
     if len(names) == 1:
-        raise UserError(f"data={train.root}: has the single class {names[0]}; needs two or more")
+        raise UserError(
+            f"data={train.location}: has the single class {names[0]}; needs two or more"
+        )
     foreign = sorted(set(_class_names(val)) - set(names))
     if foreign:
         raise UserError(
-            f"data={val.root}: class {foreign[0]} has no images in train; use the same classes"
+            f"data={val.location}: class {foreign[0]} has no images in train; use the same classes"
         )
     number = {name: i for i, name in enumerate(names)}
     labels, expected = ([number[name] for name in _class_names(part)] for part in (train, val))

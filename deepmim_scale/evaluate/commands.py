@@ -80,8 +80,8 @@ def run_knn(arguments: KnnArguments) -> None:
     from deepmim_scale.evaluate.classes import open_classes
     from deepmim_scale.evaluate.probes import TEMPERATURE, knn_weighted
 
-    data = _data(arguments)
-    classes, k = open_classes(data), arguments.k
+    data, cache = _data(arguments)
+    classes, k = open_classes(data, cache), arguments.k
     if not 0 < k <= len(classes.labels):
         raise UserError(f"k={k}: must be from 1 to the {len(classes.labels)} training images")
     settings = {"probe": "knn", "k": k, "temperature": TEMPERATURE}
@@ -95,8 +95,8 @@ def run_linear(arguments: LinearArguments) -> None:
     from deepmim_scale.evaluate.classes import open_classes
     from deepmim_scale.evaluate.probes import FOLDS, linear
 
-    data = _data(arguments)
-    classes = open_classes(data)
+    data, cache = _data(arguments)
+    classes = open_classes(data, cache)
     name, fewest = classes.fewest
     if fewest < FOLDS:
         raise UserError(
@@ -106,7 +106,8 @@ def run_linear(arguments: LinearArguments) -> None:
     _probe(arguments, classes, partial(linear, num_splits=1), {"probe": "linear"})
 
 
-def _data(arguments: FolderArguments) -> str:
+def _data(arguments: FolderArguments) -> tuple[str, str]:
+    """Data and cache: the arguments' or the run's."""
     from deepmim_scale.runs.folder import load_run_config
 
     run = load_run_config(arguments.run)
@@ -114,7 +115,7 @@ def _data(arguments: FolderArguments) -> str:
         raise UserError("pool: names nothing; give one or more of class, mean, 2x2")
     if arguments.json_file:
         writable("json", arguments.json_file)
-    return arguments.data or run.data
+    return arguments.data or run.data, run.cache
 
 
 def _probe(
@@ -133,7 +134,7 @@ def _probe(
         rows = [{**key._asdict(), "accuracy": value} for key, value in accuracies.items()]
         content = {
             "run": arguments.run,
-            "data": classes.train.root,
+            "data": classes.train.location,
             **settings,
             "largest_class": classes.largest,
             "rows": rows,

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from deepmim_scale.config import RunConfig
-from deepmim_scale.data.feed import iter_validation
-from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.data.source import Source, good_ids
+from deepmim_scale.data.step_loader import iter_validation
 from deepmim_scale.evaluate.classes import Classes
 from deepmim_scale.evaluate.features import PIXELS, Key, load_model, pooled, untrained_model
 from deepmim_scale.images import normalize
@@ -28,14 +28,14 @@ Probe = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 
 
 def features_of(
-    models: dict[str, Model], config: RunConfig, manifest: Manifest, pools: Sequence[str]
+    models: dict[str, Model], config: RunConfig, source: Source, pools: Sequence[str]
 ) -> dict[Key, np.ndarray]:
-    """Features [N, F] of all images, resized and cut as in validation, decoded once."""
+    """Features [N, F] of all good images, resized and cut as in validation, decoded once."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {encoder: model.to(device) for encoder, model in models.items()}
     parts: dict[Key, list[np.ndarray]] = {}
-    batches = iter_validation(config, manifest, replica=0, num_replicas=1, device=device)
-    total = -(-len(manifest) // config.microbatch_size)
+    batches = iter_validation(config, source, device=device)
+    total = -(-len(good_ids(source)) // config.microbatch_size)
     for batch in tqdm(batches, total=total, unit="batch", desc="features", disable=None):
         side = min(THUMBNAIL, config.model.img_size)
         small = torch.nn.functional.adaptive_avg_pool2d(normalize(batch.images), side)

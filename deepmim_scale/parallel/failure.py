@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from deepmim_scale.data.exchange import FeedMismatch, PeerFailed
+from deepmim_scale.data.stage_exchange import FeedMismatch, PeerFailed
 from deepmim_scale.parallel.executor import Executor
 
 _PACKAGE = str(Path(__file__).parents[1])

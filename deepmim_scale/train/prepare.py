@@ -10,8 +10,9 @@ from typing import Any
 from deepmim_scale.arguments import difference
 from deepmim_scale.checkpoint import networks
 from deepmim_scale.config import RunConfig, num_steps
-from deepmim_scale.data.manifest import Manifest, find_split, open_manifest
+from deepmim_scale.data.open_source import open_source
 from deepmim_scale.data.sample_plan import SamplePlan
+from deepmim_scale.data.source import Source, good_ids
 from deepmim_scale.ds_config import (
     BatchSizes,
     bundled,
@@ -44,8 +45,8 @@ class PreparedRun:
     batch: BatchSizes
     samples: SamplePlan
     pipeline: TrainingPlan
-    train: Manifest
-    validation: Manifest | None
+    train: Source
+    validation: Source | None
     may_resume: bool
     """The output folder holds this run."""
     objective: Objective
@@ -73,10 +74,9 @@ def prepare(config: RunConfig) -> PreparedRun:
     may_resume = check_output(config)
     if not config.data:
         raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")
-    train_folder, validation_folder = (find_split(config.data, split) for split in ("train", "val"))
-    assert train_folder is not None, "find_split raises where there is no training folder"
-    train = open_manifest(train_folder, config.on_bad)
-    validation = open_manifest(validation_folder, config.on_bad) if validation_folder else None
+    train = open_source(config.data, "train", config.on_bad, config.cache)
+    assert train is not None, "a source raises where there is nothing to train on"
+    validation = open_source(config.data, "val", config.on_bad, config.cache)
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
     _check_length(config, samples.steps_per_epoch)
 
@@ -146,7 +146,7 @@ def describe(prepared: PreparedRun) -> Iterator[str]:
     """What a run prints at its start, line by line."""
     config, batch = prepared.config, prepared.batch
     yield f"preset {config.preset or 'none'}: {' '.join(prepared.changes) or 'unchanged'}"
-    validation = f"; validation {len(prepared.validation)}" if prepared.validation else ""
+    validation = f"; validation {len(good_ids(prepared.validation))}" if prepared.validation else ""
     yield f"data: {prepared.train.describe()}{validation}"
     for note in (
         *prepared.train.notes,

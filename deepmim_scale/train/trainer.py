@@ -1,4 +1,4 @@
-"""Pre-training: feed, backward, step, metrics, checkpoints.
+"""Pre-training: load, backward, step, metrics, checkpoints.
 
 Legend: B micro-batch, M micro-batches per step, L patches.
 """
@@ -19,8 +19,15 @@ from deepmim_scale.batch import Batch
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import save_checkpoint
 from deepmim_scale.config import ModelConfig, num_steps
-from deepmim_scale.data.backends import build_backend
-from deepmim_scale.data.feed import StepLoader, build_feed, iter_validation
+from deepmim_scale.data.choose_backend import build_backend
+from deepmim_scale.data.step_loader import (
+    FeedOptions,
+    Share,
+    Span,
+    StepLoader,
+    build_step_loader,
+    iter_validation,
+)
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import UserError
 from deepmim_scale.methods import decoder_names, losses_of
@@ -85,13 +92,13 @@ class Trainer:
             if note:
                 progress.print_main(note)
         self._check_shared()
-        feed = self._feed()
+        loader = self._build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
             with self._profiler() as profiler:
-                for batches in feed:
-                    row, applied = self._train_step(batches, feed.wait_seconds)
+                for batches in loader:
+                    row, applied = self._train_step(batches, loader.wait_seconds)
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
                         raise UserError(
@@ -130,7 +137,7 @@ class Trainer:
                 "give a folder that all nodes share"
             )
 
-    def _feed(self) -> StepLoader:
+    def _build_loader(self) -> StepLoader:
         config, batch = self.config, self.prepared.batch
         backend, reason = build_backend(
             config,
@@ -142,24 +149,19 @@ class Trainer:
             config.prefetch,
         )
         self.progress.print_main(reason)
-        # The feed's collectives run on its own thread: they need a communicator of their own.
+        # The loader's collectives run on its own thread: they need a communicator of their own.
         # Every rank takes part in making every group, as NCCL demands.
         groups: list[Any] = [
             dist.new_group(ranks) for ranks in self.grid.pipe_groups if config.stages > 1
         ]
-        return build_feed(
+        return build_step_loader(
             config,
             self.prepared.train,
             self.samples,
-            replica=self.dp_rank,
-            num_replicas=batch.num_replicas,
-            num_microbatches=batch.microbatches,
-            start_step=self.step,
-            num_steps=self.total_steps - self.step,
+            Share(self.dp_rank, batch.num_replicas, batch.microbatches),
+            Span(self.step, self.total_steps - self.step),
+            FeedOptions(config.feed, config.check_feed, config.on_bad),
             group=groups[self.dp_rank] if groups else None,
-            mode=config.feed,
-            check_feed=config.check_feed,
-            on_bad=config.on_bad,
             backend=backend,
             device=self.device,
         )
@@ -239,7 +241,7 @@ class Trainer:
         for batch in iter_validation(
             self.config,
             validation,
-            replica=self.dp_rank,
+            dp_rank=self.dp_rank,
             num_replicas=replicas,
             on_bad=self.config.on_bad,
             device=self.device,

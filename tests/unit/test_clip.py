@@ -134,7 +134,7 @@ def test_training_lowers_the_loss(clip: Clip, data: Path, tmp_path: Path) -> Non
         assert 1.5 < first < 2.5, "features of an untrained model are nearly orthogonal"
         assert last < 0.8 * first, f"{name}: {[row['losses'][name] for row in rows]}"
     # The validation losses of the last step, again: from the checkpoint and open_clip's own tokens.
-    _, batches = validation(load_run_config(run), str(data))
+    batches = validation(load_run_config(run), str(data))
     model, sums = load_model(run), torch.zeros(2)
     for batch in batches:
         features = reference(clip.model, batch.images)

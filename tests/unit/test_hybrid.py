@@ -112,7 +112,7 @@ def test_run_learns_from_a_run(mae: Path, data: Path, tmp_path: Path) -> None:
     config = load_run_config(run)
     assert config.model.mix_alphas == (0, 0.5, 1)
     # The validation losses of the last step, again, from both checkpoints.
-    _, batches = validation(config, str(data))
+    batches = validation(config, str(data))
     model, generator, sums = load_model(run), load_model(mae), torch.zeros(3)
     for batch in batches:
         images = normalize(batch.images)

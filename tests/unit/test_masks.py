@@ -1,10 +1,13 @@
 """Philox equals its published vectors and Triton; masks are a function of seed, epoch, sample."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,11 +30,11 @@ from deepmim_scale.data.philox import VALIDATION_MASK, philox, scale_to
         ),
     ],
 )
-def test_published_vectors(seed, counters, expected):
+def test_published_vectors(seed: int, counters: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert tuple(int(lane) for lane in philox(seed, *counters)) == expected
 
 
-def test_triton_draws_the_same_integers(tmp_path):
+def test_triton_draws_the_same_integers(tmp_path: Path) -> None:
     """The interpreter must be chosen before triton is imported, hence another process."""
     script = tmp_path / "draw.py"
     script.write_text(
@@ -63,12 +66,14 @@ def test_triton_draws_the_same_integers(tmp_path):
 @given(
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2000),
-    ids=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9),
+    listed=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9),
     num_patches=st.integers(1, 70),
     split=st.integers(0, 9),
 )
-def test_noise_depends_on_nothing_but_its_key(seed, epoch, ids, num_patches, split):
-    ids = np.array(ids)
+def test_noise_depends_on_nothing_but_its_key(
+    seed: int, epoch: int, listed: list[int], num_patches: int, split: int
+) -> None:
+    ids = np.array(listed)
     whole = mask_noise(seed, epoch, ids, num_patches)
     assert whole.shape == (len(ids), num_patches)
     assert whole.dtype == np.float32
@@ -79,7 +84,7 @@ def test_noise_depends_on_nothing_but_its_key(seed, epoch, ids, num_patches, spl
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_noise_is_uniform_and_keys_matter():
+def test_noise_is_uniform_and_keys_matter() -> None:
     noise = mask_noise(0, 0, np.arange(2000), 64)
     assert abs(noise.mean() - 0.5) < 0.003
     assert abs(np.corrcoef(noise[:, 0], noise[:, 1])[0, 1]) < 0.1
@@ -97,5 +102,5 @@ def test_noise_is_uniform_and_keys_matter():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2**31))
-def test_below_is_the_exact_multiple(random, limit):
+def test_below_is_the_exact_multiple(random: int, limit: int) -> None:
     assert scale_to(np.array([random], np.uint32), np.array([limit]))[0] == random * limit >> 32

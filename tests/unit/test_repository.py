@@ -68,6 +68,7 @@ WITHOUT_TORCH = [
     "checkpoint.commands",
     "evaluate.classes",
     "data.manifest",
+    "data.open_source",
     "data.sample_plan",
     "study.cells",
     "study.commands",

@@ -1,5 +1,7 @@
 """Order, crops and flips: exactly once, equal for every split of the batch, restart-proof."""
 
+from __future__ import annotations
+
 import random
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from deepmim_scale.errors import UserError
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 3000), st.integers(1, 300))
-def test_permutation_sorts_its_keys(seed, epoch, num_samples):
+def test_permutation_sorts_its_keys(seed: int, epoch: int, num_samples: int) -> None:
     words = [philox(seed, 0, i, epoch, ORDER)[:2] for i in range(num_samples)]
     keys = [int(high) << 32 | int(low) for high, low in words]
     expected = sorted(range(num_samples), key=keys.__getitem__)
@@ -26,7 +28,7 @@ def test_permutation_sorts_its_keys(seed, epoch, num_samples):
 
 @settings(deadline=None)
 @given(st.data())
-def test_every_split_sees_the_same_samples_once(data):
+def test_every_split_sees_the_same_samples_once(data: st.DataObject) -> None:
     micro = data.draw(st.integers(1, 4), "B")
     replicas = data.draw(st.integers(1, 4), "D")
     microbatches = data.draw(st.integers(1, 4), "M")
@@ -48,26 +50,26 @@ def test_every_split_sees_the_same_samples_once(data):
     assert set(seen) <= set(range(num_samples))
 
 
-def test_two_replicas_interleave_to_one():
+def test_two_replicas_interleave_to_one() -> None:
     plan = SamplePlan(100, 3, 24)
     one = [plan.micro_batch(5, m, 0, 6, 1) for m in range(6)]
     two = [plan.micro_batch(5, m, d, 3, 2) for m in range(3) for d in range(2)]
     np.testing.assert_array_equal(np.stack(one), np.stack(two))
 
 
-def test_locate_and_epochs_differ():
+def test_locate_and_epochs_differ() -> None:
     plan = SamplePlan(103, 0, 10)
     assert plan.locate(0) == (0, 0)
     assert plan.locate(29) == (2, 9)
     assert not np.array_equal(plan.sample_ids(0), plan.sample_ids(10))
 
 
-def test_too_few_samples():
+def test_too_few_samples() -> None:
     with pytest.raises(UserError, match=r"global_batch=32: larger than .* 31 images"):
         SamplePlan(31, 0, 32)
 
 
-def test_imagenet_sized_order_is_equal_in_another_process():
+def test_imagenet_sized_order_is_equal_in_another_process() -> None:
     code = (
         "import hashlib, time\n"
         "from deepmim_scale.data.sample_plan import permutation\n"
@@ -85,7 +87,7 @@ def test_imagenet_sized_order_is_equal_in_another_process():
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.01, 1.0), st.integers(0, 2**32 - 1))
-def test_crops_lie_inside(height, width, min_area, seed):
+def test_crops_lie_inside(height: int, width: int, min_area: float, seed: int) -> None:
     ids = np.arange(8)
     boxes = crops(seed, 0, ids, np.full(8, height), np.full(8, width), min_area)
     top, left, tall, wide = boxes.T
@@ -97,7 +99,7 @@ def test_crops_lie_inside(height, width, min_area, seed):
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (64, 64), (300, 900), (40, 400)])
-def test_crops_follow_torchvision(height, width):
+def test_crops_follow_torchvision(height: int, width: int) -> None:
     """Mean and deciles of all four numbers against torchvision's own sampler."""
     count = 6000
     ours = crops(5, 2, np.arange(count), np.full(count, height), np.full(count, width), 0.2)
@@ -113,7 +115,7 @@ def test_crops_follow_torchvision(height, width):
         assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 0.01 * max(height, width)
 
 
-def test_fallback_is_torchvisions():
+def test_fallback_is_torchvisions() -> None:
     """No try fits a strip of 1 x 40: the whole height and 4/3 of it, centered."""
     boxes = crops(0, 0, np.arange(4), np.array([1, 40, 30, 10]), np.array([40, 1, 300, 10]), 1.0)
     assert boxes[0].tolist() == [0, 19, 1, 1]
@@ -121,7 +123,7 @@ def test_fallback_is_torchvisions():
     assert boxes[2].tolist() == [0, 130, 30, 40]
 
 
-def test_flips_are_fair_and_repeatable():
+def test_flips_are_fair_and_repeatable() -> None:
     ids = np.arange(4000)
     mirrored = flips(1, 4, ids)
     assert abs(mirrored.mean() - 0.5) < 0.03
@@ -130,7 +132,7 @@ def test_flips_are_fair_and_repeatable():
     assert abs(np.mean(mirrored == flips(1, 5, ids)) - 0.5) < 0.03
 
 
-def test_replacement_is_the_next_in_order():
+def test_replacement_is_the_next_in_order() -> None:
     plan = SamplePlan(10, 0, 5)
     order = permutation(0, 1, 10).tolist()
     assert plan.replacement(2, order[3], 1) == order[4]

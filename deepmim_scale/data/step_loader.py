@@ -1,4 +1,4 @@
-"""The stages' images: each step's micro-batches, made one step ahead on a thread.
+"""The stages' batches: each step's micro-batches, made one step ahead on a thread.
 
 Legend: B micro-batch, M micro-batches per step, L patches, S side of the input.
 """
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,15 +21,49 @@ from deepmim_scale.batch import Batch
 from deepmim_scale.config import RunConfig
 from deepmim_scale.data import torch_backend
 from deepmim_scale.data.backend import Backend, BadImage
-from deepmim_scale.data.backends import cached_reader
-from deepmim_scale.data.decode_stream import DecodeStream, Job
-from deepmim_scale.data.exchange import Decoded, Mode, StageExchange, checksum, own_microbatches
-from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.data.decode_stream import DecodeJob, DecodeStream
 from deepmim_scale.data.masks import mask_noise
 from deepmim_scale.data.philox import VALIDATION_MASK
 from deepmim_scale.data.sample_plan import SamplePlan
+from deepmim_scale.data.source import OnBad, Source, good_ids
+from deepmim_scale.data.stage_exchange import (
+    Decoded,
+    FeedMode,
+    StageExchange,
+    checksum,
+    own_microbatches,
+)
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each global batch that one replica trains on."""
+
+    dp_rank: int = 0
+    num_replicas: int = 1
+    num_microbatches: int = 1
+    """M of this replica."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The steps that a loader makes."""
+
+    start_step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class FeedOptions:
+    """How the stages of a replica get their images."""
+
+    mode: FeedMode = "replicate"
+    check_every: int = 0
+    """Steps between comparisons of the stages' batches; 0 never."""
+    on_bad: OnBad = "fail"
+    """What to do about a sample that cannot be decoded and was not known to be bad."""
 
 
 class StepLoader:
@@ -38,19 +72,18 @@ class StepLoader:
     def __init__(
         self,
         load: Callable[[int], list[Batch]],
-        start_step: int,
-        num_steps: int,
+        span: Span,
         device: torch.device = CPU,
         exchange: StageExchange | None = None,
     ) -> None:
         self.wait_seconds = 0.0
         """How long the last step had to be waited for, s."""
         self._load, self._device, self._exchange = load, device, exchange
-        self._steps = range(start_step, start_step + num_steps)
+        self._steps = range(span.start_step, span.start_step + span.num_steps)
         self._requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[list[Batch] | BaseException] = queue.SimpleQueue()
         # A daemon: a process that fails must not wait for a thread that waits for its peers.
-        self._thread = threading.Thread(target=self._serve, name="feed", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="loader", daemon=True)
         self._thread.start()
 
     @property
@@ -107,46 +140,50 @@ class StepLoader:
         return batches
 
 
-def build_feed(
+def build_step_loader(
     config: RunConfig,
-    manifest: Manifest,
+    source: Source,
     plan: SamplePlan,
+    share: Share,
+    span: Span,
+    options: FeedOptions = FeedOptions(),
     *,
-    replica: int,
-    num_replicas: int,
-    num_microbatches: int,
-    start_step: int,
-    num_steps: int,
     group: dist.ProcessGroup | None = None,
-    mode: Mode = "replicate",
-    check_feed: int = 0,
-    on_bad: Literal["fail", "replace"] = "fail",
     backend: Backend | None = None,
     device: torch.device = CPU,
 ) -> StepLoader:
-    """The training feed of one replica from `start_step` on, equal on all its stages.
+    """The training batches of one replica, equal on all its stages.
 
-    `group` joins the replica's stages in their order and serves this feed only (its collectives
-    run on the feed's thread); without it there is one stage. Every `check_feed` steps the stages
-    compare checksums (0: never). `backend` is torch_backend's by default.
+    `group` joins the replica's stages in their order and serves this loader only (its collectives
+    run on the loader's thread); without it there is one stage. `backend` is torch_backend's by
+    default.
     """
     stage, num_stages = (group.rank(), group.size()) if group else (0, 1)
-    batch = plan.global_batch // (num_microbatches * num_replicas)
+    num_microbatches = share.num_microbatches
+    batch = plan.global_batch // (num_microbatches * share.num_replicas)
     size, num_patches = config.model.img_size, config.model.num_patches
-    own = own_microbatches(mode, num_microbatches, stage, num_stages)
+    own = own_microbatches(options.mode, num_microbatches, stage, num_stages)
+    labels = torch.from_numpy(source.labels.astype(np.int64))
 
-    def job(number: int) -> Job:
+    def job(number: int) -> DecodeJob:
         step, place = divmod(number, len(own))
-        step += start_step
-        m = own[place]
-        return step, plan.micro_batch(step, m, replica, num_microbatches, num_replicas)
+        step += span.start_step
+        ids = plan.micro_batch(
+            step, own[place], share.dp_rank, num_microbatches, share.num_replicas
+        )
+        return DecodeJob(step, ids)
 
     backend = backend or functools.partial(
-        torch_backend.stream, size=size, threads=config.loader_threads, read=cached_reader(manifest)
+        torch_backend.stream,
+        read_image=torch_backend.image_reader(source),
+        size=size,
+        threads=config.loader_threads,
     )
-    num_jobs = num_steps * len(own)
-    decoding = DecodeStream(job, num_jobs, backend, manifest, plan, config.min_crop, on_bad)
-    exchange = StageExchange(mode, group, num_microbatches, batch, size, device) if group else None
+    num_jobs = span.num_steps * len(own)
+    decoding = DecodeStream(job, num_jobs, backend, source, plan, config.min_crop, options.on_bad)
+    exchange = (
+        StageExchange(options.mode, group, num_microbatches, batch, size, device) if group else None
+    )
 
     def decode_own() -> list[Decoded]:
         decoded = (decoding() for _ in own)
@@ -156,48 +193,52 @@ def build_feed(
         epoch, _ = plan.locate(step)
         batches = []
         for ids, images in exchange(decode_own) if exchange else decode_own():
-            noise = mask_noise(plan.seed, epoch, ids.cpu().numpy(), num_patches)
-            batches.append(Batch(images, torch.from_numpy(noise).to(device), ids))
-        if exchange and check_feed and step % check_feed == 0:
+            # Noise and labels follow from the ids, so they are not sent between stages.
+            seen = ids.cpu()
+            noise = torch.from_numpy(mask_noise(plan.seed, epoch, seen.numpy(), num_patches))
+            batches.append(Batch(images, noise.to(device), ids, labels[seen].to(device)))
+        if exchange and options.check_every and step % options.check_every == 0:
             exchange.check(step, [checksum(*b.tensors().values()) for b in batches])
         return batches
 
-    return StepLoader(load, start_step, num_steps, device, exchange)
+    return StepLoader(load, span, device, exchange)
 
 
 def iter_validation(
     config: RunConfig,
-    manifest: Manifest,
+    source: Source,
     *,
-    replica: int,
-    num_replicas: int,
-    on_bad: Literal["fail", "replace"] = "fail",
+    dp_rank: int = 0,
+    num_replicas: int = 1,
+    ids: np.ndarray | None = None,
+    on_bad: OnBad = "fail",
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Validation images of one replica in order, each once over the replicas, last batch partial.
 
-    Resized as torch_backend.center by the torch backend, whatever the loader; masks are fixed
-    (epoch 0, seed 0) so that losses compare. An undecodable image raises BadImage, or with on_bad
-    `replace` is left out and named on stderr.
+    `ids` are the samples, int64 [any number] (default: all that are not known to be bad). Resized
+    as torch_backend.center by the torch backend, whatever the loader; masks are fixed (epoch 0,
+    seed 0) so that losses compare. An undecodable image raises BadImage, or with on_bad `replace`
+    is left out and named on stderr.
     """
-    size, paths, read = config.model.img_size, manifest.paths, cached_reader(manifest)
-    mine = np.arange(replica, len(manifest), num_replicas)
+    size, read_image = config.model.img_size, torch_backend.image_reader(source)
+    mine = (good_ids(source) if ids is None else ids)[dp_rank::num_replicas]
     for start in range(0, len(mine), config.microbatch_size):
-        ids = mine[start : start + config.microbatch_size]
+        chosen = mine[start : start + config.microbatch_size]
         if on_bad == "replace":
-            ids = np.array([i for i in ids if _decodes(paths[i], read)], np.int64)
-            if not len(ids):
+            chosen = np.array([i for i in chosen.tolist() if _decodes(i, read_image)], np.int64)
+            if not len(chosen):
                 continue
-        chosen = [paths[i] for i in ids]
-        images = torch_backend.decode_whole(chosen, size, config.loader_threads, read)
-        noise = mask_noise(0, 0, ids, config.model.num_patches, VALIDATION_MASK)
-        tensors = images, torch.from_numpy(noise), torch.from_numpy(ids)
-        yield Batch(*(tensor.to(device) for tensor in tensors))
+        images = torch_backend.decode_whole(chosen, read_image, size, config.loader_threads)
+        noise = mask_noise(0, 0, chosen, config.model.num_patches, VALIDATION_MASK)
+        labels = source.labels[chosen].astype(np.int64)
+        arrays = (torch.from_numpy(array) for array in (noise, chosen, labels))
+        yield Batch(images.to(device), *(tensor.to(device) for tensor in arrays))
 
 
-def _decodes(path: str, read: torch_backend.Read) -> bool:
+def _decodes(sample_id: int, read_image: torch_backend.ReadImage) -> bool:
     try:
-        read(path)
+        read_image(sample_id)
     except BadImage as error:
         print(f"validation image left out: {error}", file=sys.stderr)
         return False

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-Mode = Literal["rotate", "first", "replicate"]
+FeedMode = Literal["rotate", "first", "replicate"]
 Decoded = tuple[torch.Tensor, torch.Tensor]  # ids int64 [B], images uint8 [B, 3, S, S]
 
 
@@ -29,7 +29,7 @@ class FeedMismatch(RuntimeError):
     """Stages hold different images, ids or noise for one micro-batch."""
 
 
-def own_microbatches(mode: Mode, num_microbatches: int, stage: int, num_stages: int) -> range:
+def own_microbatches(mode: FeedMode, num_microbatches: int, stage: int, num_stages: int) -> range:
     """The micro-batches of a step that `stage` decodes."""
     if mode == "rotate":
         return range(stage, num_microbatches, num_stages)
@@ -37,7 +37,7 @@ def own_microbatches(mode: Mode, num_microbatches: int, stage: int, num_stages: 
 
 
 def received_bytes(
-    mode: Mode, num_microbatches: int, stage: int, num_stages: int, batch: int, size: int
+    mode: FeedMode, num_microbatches: int, stage: int, num_stages: int, batch: int, size: int
 ) -> int:
     """Bytes that `stage` receives per step: images uint8 and ids int64."""
     micro_batch = batch * (3 * size * size + 8)
@@ -51,7 +51,7 @@ class StageExchange:
 
     def __init__(
         self,
-        mode: Mode,
+        mode: FeedMode,
         group: dist.ProcessGroup,
         num_microbatches: int,
         batch: int,

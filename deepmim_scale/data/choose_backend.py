@@ -6,16 +6,13 @@ import functools
 import importlib.util
 from typing import Literal
 
-import numpy as np
 import torch
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.data import torch_backend
 from deepmim_scale.data.backend import Backend
-from deepmim_scale.data.manifest import Manifest
+from deepmim_scale.data.source import Source
 from deepmim_scale.errors import UserError
-
-CACHE_BYTES = 256 * 1024**2
 
 
 def choose_loader(
@@ -56,7 +53,7 @@ def choose_loader(
 
 def build_backend(
     config: RunConfig,
-    manifest: Manifest,
+    source: Source,
     batch: int,
     device: torch.device,
     loader: Literal["auto", "torch", "dali"] = "auto",
@@ -70,15 +67,19 @@ def build_backend(
     chosen, where, line = choose_loader(loader, decode, device)
     size, threads = config.model.img_size, config.loader_threads
     if chosen == "torch":
-        read = cached_reader(manifest)
         stream = functools.partial(
-            torch_backend.stream, size=size, threads=threads, read=read, prefetch=prefetch
+            torch_backend.stream,
+            read_image=torch_backend.image_reader(source),
+            size=size,
+            threads=threads,
+            prefetch=prefetch,
         )
         return stream, line
     from deepmim_scale.data import dali
 
     stream = functools.partial(
         dali.stream,
+        source=source,
         size=size,
         threads=threads,
         max_batch=batch,
@@ -87,11 +88,3 @@ def build_backend(
         prefetch=prefetch,
     )
     return stream, line
-
-
-def cached_reader(manifest: Manifest) -> torch_backend.Read:
-    """Reads files; the decoded images of a small set stay in memory."""
-    pixels = int((manifest.heights.astype(np.int64) * manifest.widths).sum())
-    if 3 * pixels > CACHE_BYTES:
-        return torch_backend.read_image
-    return functools.cache(torch_backend.read_image)

@@ -1,0 +1,38 @@
+"""Which kind of source a path is. A new kind is one new file and one line of KINDS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deepmim_scale.data import folder_source
+from deepmim_scale.data.source import OnBad, Source, Split
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """How to recognize and open one kind of source."""
+
+    accepts: Callable[[str], bool]
+    """Whether a path is of this kind, by its name or its first bytes."""
+    open: Callable[[str, Split, OnBad, str], Source | None]
+    """(path, split, on_bad, cache) -> source; None if the path has no such split."""
+
+
+# The first kind that accepts a path opens it. Folders come last: their messages serve any path.
+KINDS = [SourceKind(accepts=lambda path: True, open=folder_source.open_split)]
+
+
+def register_source(kind: SourceKind) -> None:
+    """Add a kind; it is asked before all that are there."""
+    KINDS.insert(0, kind)
+
+
+def open_source(path: str, split: Split, on_bad: OnBad = "fail", cache: str = "") -> Source | None:
+    """The `train` or `val` part of the data at `path`; None if there is no `val`.
+
+    `cache` is a folder for listings ("": beside the images). Raises UserError if the data cannot
+    be used, or, with on_bad `fail`, if headers are unreadable.
+    """
+    kind = next(kind for kind in KINDS if kind.accepts(path))
+    return kind.open(path, split, on_bad, cache)
