@@ -1,0 +1,171 @@
+"""Whether a start may go on in a run's folder, and what becomes of later steps. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from deepmim_scale.arguments import read_json
+from deepmim_scale.config import RunConfig, pluralize
+from deepmim_scale.errors import UserError
+from deepmim_scale.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    STARTS,
+    list_checkpoints,
+    named_checkpoint,
+    read_metrics,
+    step_of,
+    with_paths,
+)
+
+# Changing these does not change what is trained.
+_FREE = frozenset(
+    {
+        "preset",
+        "data",
+        "output",
+        "deepspeed_config",
+        "microbatch_size",
+        "microbatches",
+        "stages",
+        "schedule",
+        "placement",
+        "layout",
+        "reschedule_after",
+        "recompute",
+        "reduction",
+        "kernels",
+        "compile",
+        "timeout",
+        "loader",
+        "decode",
+        "loader_threads",
+        "prefetch",
+        "feed",
+        "check_feed",
+        "cache",
+        "on_bad",
+        "validate_every",
+        "save_every",
+        "keep_checkpoints",
+        "keep_every",
+        "print_every",
+        "resume",
+        "from_step",
+        "profile",
+    }
+)
+# But these cut the model, and where no gradient crosses a cut it matters where that is.
+_CUT = frozenset({"stages", "placement", "layout"})
+# What a start leaves in a folder before its first step.
+_BEFORE_CONFIG = frozenset({LOCK, STARTS})
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    free = _FREE - _CUT if config["gradient_flow"] == "local" else _FREE
+    # Older runs saved paths as they were given, relative to where they were started.
+    config = with_paths(config, os.path.realpath)
+    values = {key: value for key, value in config.items() if key not in free and key != "model"}
+    return values | config["model"]
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with the defaults of fields that are younger than it."""
+    defaults = RunConfig().model_dump(mode="json")
+    return defaults | saved | {"model": defaults["model"] | saved.get("model", {})}
+
+
+def check_output(config: RunConfig) -> bool:
+    """Whether the run's folder holds this very run; UserError if it holds something else."""
+    folder = Path(config.output)
+    saved = folder / CONFIG
+    if not saved.is_file() or not _has_begun(folder):
+        if not saved.is_file() and _holds_other_files(folder):
+            raise UserError(f"output={folder}: holds other files; choose an empty folder")
+        for key, value in (("resume", config.resume), ("from", config.from_step)):
+            if value not in ("auto", "never", ""):
+                raise UserError(f"{key}={value}: {folder} holds no run; check --output")
+        return False
+    if config.resume == "never":
+        raise UserError(
+            f"output={folder}: holds a run; delete it or choose another --output, "
+            "or go on with --resume auto"
+        )
+    ours = _compared(config.model_dump(mode="json"))
+    theirs = _compared(_with_defaults(read_json(str(saved))))
+    different = [
+        f"{key} {theirs.get(key)} -> {value}"
+        for key, value in ours.items()
+        if theirs.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"output={folder}: holds another run ({'; '.join(different[:3])}); "
+            "choose another --output"
+        )
+    if config.from_step not in ("", "latest"):
+        named_checkpoint(folder, config.from_step)
+    return True
+
+
+def _holds_other_files(folder: Path) -> bool:
+    if not folder.is_dir():
+        return folder.exists()
+    return any(entry.name not in _BEFORE_CONFIG for entry in folder.iterdir())
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run took a step; one that did not may be replaced."""
+    metrics = folder / METRICS
+    return (folder / CHECKPOINTS).exists() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def finished_without_checkpoints(run: str | Path, total_steps: int) -> bool:
+    """Whether a run that saves nothing came to its last step, as its metrics say.
+
+    A run that saves was cut off before its last checkpoint, and has to be repeated.
+    """
+    run = Path(run)
+    if read_json(str(run / CONFIG)).get("save_every") != 0 or not (run / METRICS).is_file():
+        return False
+    rows = read_metrics(run)
+    return bool(rows) and rows[-1]["step"] >= total_steps
+
+
+def set_aside(run: str | Path, step: int) -> str:
+    """Move what lies after `step`, where a run goes on, out of its way; nothing is deleted.
+
+    Returns what to tell the user; empty if nothing lies there.
+    """
+    run, stamp = Path(run), time.strftime("%Y%m%d-%H%M%S")
+    rows = [row for row in read_metrics(run) if row["step"] > step] if _has_rows(run) else []
+    later = [folder for folder in list_checkpoints(run) if (step_of(folder) or 0) > step]
+    notes = []
+    if rows:
+        aside = run / f"metrics.before-{stamp}.jsonl"
+        with aside.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        repeated = f"{pluralize(len(rows), 'step is', 'steps are')} repeated"
+        notes.append(f"{repeated}; their rows are in {aside}")
+    if later:
+        # Left in place, they would count as the newest: pruning would delete the new ones.
+        target = run / f"{CHECKPOINTS}.before-{stamp}"
+        target.mkdir(exist_ok=True)
+        for folder in later:
+            folder.rename(target / folder.name)
+        moved = pluralize(len(later), "later checkpoint is", "later checkpoints are")
+        notes.append(f"{moved} in {target}")
+    if not notes:
+        return ""
+    where = f"going on after step {step}" if step else "starting again: no checkpoint yet"
+    return "; ".join([f"{where}, {notes[0]}", *notes[1:]])
+
+
+def _has_rows(run: Path) -> bool:
+    return (run / METRICS).is_file()
