@@ -133,7 +133,8 @@ def build_engine(
     precision = precision_of(ds_config)
     settings = {key: value for key, value in ds_config.items() if key not in _OURS}
     settings.setdefault("steps_per_print", 2**31)
-    if precision.is_autocast:
+    # One replica has nobody to send gradients to: they keep their fp32.
+    if precision.is_autocast and grid.get_data_parallel_world_size() > 1:
         settings.setdefault("communication_data_type", _COMMUNICATION[precision])
     if precision == "pure_float16":
         settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale

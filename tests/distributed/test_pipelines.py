@@ -236,7 +236,6 @@ def test_precisions(run: Run) -> None:
                 "schedule": "dib",
                 "microbatches": 4,
                 "json": name,
-                "settings": {"communication_data_type": "fp32"},
             }
         results, tensors[world] = run(world, cases)
         for name, result in results.items():
