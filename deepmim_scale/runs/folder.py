@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.arguments import read_json, writable
+from deepmim_scale.arguments import load_run, writable
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 
@@ -70,7 +70,7 @@ def check_output(config: RunConfig) -> bool:
             f"output={folder}: holds a run; delete it or choose another --output, "
             "or go on with --resume auto"
         )
-    ours, theirs = _flat(config.model_dump(mode="json")), _flat(read_json(str(saved)))
+    ours, theirs = _flat(config.model_dump(mode="json")), _flat(load_run(saved).model_dump(mode="json"))
     different = [
         f"{key} {theirs.get(key)} -> {value}"
         for key, value in ours.items()
@@ -101,7 +101,7 @@ def load_run_config(run: str | Path) -> RunConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise UserError(f"{run}: is no run ({CONFIG} is missing); check the path")
-    return RunConfig.model_validate(read_json(str(path)))
+    return load_run(path)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

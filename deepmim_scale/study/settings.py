@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import tyro
 from pydantic import model_validator
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
 from deepmim_scale.plan.planner import Cluster
 from deepmim_scale.presets import load_preset
-from deepmim_scale.settings import FrozenConfig
+from deepmim_scale.settings import File, Folder, FrozenConfig
 
 RESULTS = "study.json"
 RUNS = "runs"
@@ -44,7 +44,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(word) for word in text.split(",")}))
     except ValueError:
-        raise ValueError(f"{text}: must be numbers as 12,24") from None
+        raise UserError(f"{text}: must be numbers as 12,24") from None
 
 
 def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> Any:
@@ -67,11 +67,11 @@ Names = Annotated[
 class StudyArguments(FrozenConfig):
     """Measure images/s, memory, idle share and loss over depth, stages and schedules."""
 
-    output: str
+    output: Folder
     """Folder of the study; given again, what is measured already is kept."""
     preset: str = "deepmim_vit_b_12"
     """Method, widths and decoders; the depth is the study's."""
-    data: str = ""
+    data: Folder = ""
     """Image folder; needed unless --dry-run."""
     depths: Numbers = (12, 24, 36, 48)
     """Encoder blocks; a preset's taps are spread evenly at depths that are not its own."""
@@ -97,7 +97,7 @@ class StudyArguments(FrozenConfig):
     """Predict for v100-16g, v100-32g, a100-40g, a100-80g, h100-80g or h200-141g."""
     network: str = "edr"
     """Predict for 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr or 8xndr between nodes."""
-    hostfile: str = ""
+    hostfile: File = ""
     """DeepSpeed's list of machines, see launcher/hostfile.example."""
     dry_run: bool = False
     """Predict only; start nothing."""
@@ -157,6 +157,15 @@ def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
     return args.replace(**changes)
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What a study has written; UserError if its parts are not there."""
+    content = read_json(path)
+    for key in ("settings", "environment"):
+        if not isinstance(content.get(key), dict):
+            raise UserError(f"{path}: {key}: missing; it is no study's, choose another --output")
+    return content
+
+
 def check_folder(args: StudyArguments) -> StudyArguments:
     """The settings to go on with in the study's folder; UserError if it holds another study."""
     folder = Path(args.output)
@@ -167,9 +176,9 @@ def check_folder(args: StudyArguments) -> StudyArguments:
         return args
     if not (folder / RUNS).is_dir():  # predictions only
         return args
-    theirs = read_json(str(saved))["settings"]
+    theirs = read_results(saved)["settings"]
     if args.dry_run:  # draws the tables again
-        args = args.replace(data=theirs["data"])
+        args = args.replace(data=theirs.get("data", ""))
     for key, value in args.model_dump(mode="json").items():
         if key not in _FREE and theirs.get(key) != value:
             raise UserError(

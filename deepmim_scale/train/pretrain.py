@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def pretrain(config: RunConfig) -> None:
     """Pre-train as `config` says, in the processes that the launcher started."""
+    speaks = is_main_process()
     prepared = prepare(config)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(describe(prepared)), flush=True)
@@ -39,9 +40,8 @@ def pretrain(config: RunConfig) -> None:
             trainer.progress.print_main(f"done: {trainer.step} steps, results in {config.output}")
         torch.distributed.destroy_process_group()
     except UserError as error:
-        if (
-            isinstance(error, BadImage) and not is_main_process()
-        ):  # only the rank that decoded it knows
+        # Only the rank that decoded it knows.
+        if isinstance(error, BadImage) and not speaks:
             print(f"error: {error}", file=sys.stderr)
         raise
     except BrokenPipeError:  # of our own output, not of a peer
