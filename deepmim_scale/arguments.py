@@ -29,7 +29,7 @@ from deepmim_scale.flags import (
 from deepmim_scale.json_file import read_json
 from deepmim_scale.methods import METHODS
 from deepmim_scale.presets import PRESETS, load_preset
-from deepmim_scale.settings import File, FrozenConfig
+from deepmim_scale.settings import File, FrozenConfig, shown_as
 
 Arguments = TypeVar("Arguments", bound=FrozenConfig)
 
@@ -143,10 +143,7 @@ def writable(key: str, path: str | Path) -> Path:
 class _HelpedRun(RunConfig):
     """One pre-training run."""
 
-    preset: Annotated[
-        str,
-        tyro.conf.arg(metavar="NAME", help=f"Start from one of: {', '.join(PRESETS)}."),
-    ] = ""
+    preset: Annotated[str, shown_as("NAME", f"Start from one of: {', '.join(PRESETS)}.")] = ""
     config: File = ""
     """Start from a run's config.json instead of a preset; flags change what it says."""
 

@@ -24,6 +24,7 @@ from deepmim_scale.settings import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    shown_as,
 )
 
 NUM_EVEN_TAPS = 4
@@ -33,6 +34,7 @@ _TAPS_RULE = "must be even, even:N (N from 1) or numbers as 6,8,10,12"
 
 MAX_MICROBATCHES = 4096
 """Of a step; schedules of more take minutes to build and gain nothing."""
+MicrobatchCount = Annotated[int, Field(gt=0, le=MAX_MICROBATCHES)]
 Size = Annotated[int, Field(gt=0, le=65536)]
 """Pixels, widths and heads: beyond is a slip of the keyboard."""
 
@@ -68,7 +70,7 @@ class ModelConfig(FrozenConfig):
     """mae: one decoder at the end; deepmim: one after each tap; mirl: pairs of segments."""
     target: Annotated[str, tyro.conf.arg(metavar="pixel|clip|hybrid|hog|ema|timm:NAME")] = "pixel"
     """What decoders predict: pixels, features of a teacher, or HOG; `--loss` is an alias."""
-    teacher: Annotated[str, tyro.conf.arg(metavar="NAME|FILE|RUN")] = ""
+    teacher: Annotated[str, shown_as("NAME|FILE|RUN")] = ""
     """clip: open_clip model, local-dir:FOLDER or weights; timm:NAME: weights; hybrid: a run."""
     norm_pix: bool = True
     """Normalize the pixels of each target patch (better features; off for better pictures)."""
@@ -100,7 +102,7 @@ class ModelConfig(FrozenConfig):
     """DeepMIM: numbers (from 1) of the blocks that feed a decoder, or `even` / `even:N`."""
     teacher_dim: Size = 512
     """Width of the teacher's features (targets clip and timm:NAME)."""
-    hybrid_alphas: tuple[float, ...] = ()
+    hybrid_alphas: Annotated[tuple[float, ...], shown_as("FLOAT ...")] = ()
     """Share of raw pixels in each tap's hybrid target (default: evenly from 0 to 1)."""
     masked_query: bool = True
     """Run the last decoder block for the masked tokens only: exact, fewer FLOPs."""
@@ -238,10 +240,10 @@ def even_alphas(num_taps: int) -> tuple[float, ...]:
 class RunConfig(FrozenConfig):
     """One pre-training run."""
 
-    preset: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
+    preset: Annotated[str, shown_as("NAME")] = ""
     """The preset this run started from."""
     model: ModelConfig = ModelConfig()
-    teacher_weights: Annotated[str, tyro.conf.arg(metavar="TAG|FILE")] = "openai"
+    teacher_weights: Annotated[str, shown_as("TAG|FILE")] = "openai"
     """Target clip: an open_clip tag (downloaded at the start), or a state-dict file."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Target ema: share of the teacher's weights that a step keeps."""
@@ -253,15 +255,15 @@ class RunConfig(FrozenConfig):
     """DeepSpeed JSON, e.g. ds_configs/a100_bf16.json (default: by what the machine has)."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 800.0
     """Length of the run and of the learning-rate schedule, epochs."""
-    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    steps: Annotated[Annotated[int, Field(gt=0, le=10**9)] | None, shown_as("INT")] = None
     """Length in optimizer steps; replaces epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, order, crops, flips and masks."""
     microbatch_size: Annotated[int, Field(gt=0, le=65536)] = 64
     """B, images per micro-batch and replica."""
-    microbatches: Annotated[int, Field(gt=0, le=MAX_MICROBATCHES)] | None = None
+    microbatches: Annotated[MicrobatchCount | None, shown_as("INT")] = None
     """M, micro-batches per step (= gradient_accumulation_steps)."""
-    global_batch: PositiveInt | None = 4096
+    global_batch: Annotated[PositiveInt | None, shown_as("INT")] = 4096
     """G = B * M * replicas, images per step; drives the learning rate."""
     blr: Annotated[float, Field(gt=0, le=1000)] = 1.5e-4
     """Base learning rate: lr = blr * global_batch / 256."""
@@ -287,7 +289,7 @@ class RunConfig(FrozenConfig):
     """A schedule as `deepmim-scale schedule --json` writes it, or made by hand."""
     placement: Literal["linear", "v"] = "linear"
     """v: rank r holds stages r and 2P - 1 - r, so that MIRL's pairs stay on one device."""
-    layout: str = ""
+    layout: Annotated[str, shown_as("STAGE|STAGE|...")] = ""
     """Stages as 6d|2d|2d|2d: blocks, and d for a decoder (default: the fastest cut)."""
     reschedule_after: NonNegativeInt = 0
     """Step after which the schedule is rebuilt from measured times; 0 keeps the predicted one."""

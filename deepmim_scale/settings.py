@@ -15,8 +15,19 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
-File = Annotated[str, tyro.conf.arg(metavar="FILE")]
+
+
+def _default_hint(default: str) -> str:
+    return "" if default in ("", "''", "None") else f"(default: {default})"
+
+
+def shown_as(metavar: str, text: str | None = None) -> Any:
+    """How a flag stands in the help; a default of nothing is left to its text."""
+    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=_default_hint)
+
+
+Folder = Annotated[str, shown_as("DIR")]
+File = Annotated[str, shown_as("FILE")]
 
 _TYPE_RULES = {
     "finite_number": "must be finite",
