@@ -42,7 +42,9 @@ _TRANSLATIONS = (
 )
 
 
-def _complaint(stop: SystemExit, output: str, argv: Sequence[str]) -> str:
+def _complaint(
+    stop: SystemExit, output: str, argv: Sequence[str], config_class: type[FrozenConfig]
+) -> str:
     """What was wrong: our own exception behind tyro's exit, or else what the box it drew says."""
     error: BaseException | None = stop
     while error is not None:
@@ -57,8 +59,17 @@ def _complaint(stop: SystemExit, output: str, argv: Sequence[str]) -> str:
             value = given_flags(argv).get(flag, "")
             rule += ", ".join(re.findall("'(.*?)'", choices[0])) if choices else ""
             return f"{flag.strip('-').replace('-', '_')}={value}: {rule}"
-    missing = re.search(r"Missing value for argument '(--[\w-]+)", text)
-    return f"{missing[1]}: needs a value; give one after it" if missing else text
+    without = re.search(r"Missing value for argument '(--[\w-]+)", text)
+    if without:
+        return f"{without[1]}: needs a value; give one after it"
+    missing = re.match(r"Missing from [\w -]+: (--[\w-]+)?", text)
+    if not missing:
+        return text
+    if missing[1]:
+        return f"{missing[1].strip('-').replace('-', '_')}: missing; give {missing[1]}"
+    fields = config_class.model_fields.items()
+    first = next(name for name, field in fields if field.is_required())
+    return f"{first}: missing; give it behind the command"
 
 
 def _boxed(output: str) -> str:
@@ -101,7 +112,7 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_complaint(stop, captured.getvalue(), argv)) from None
+        raise UserError(_complaint(stop, captured.getvalue(), argv, config_class)) from None
     if unknown:
         refuse(unknown[0], argv, known, prog, theirs or {})
     return config

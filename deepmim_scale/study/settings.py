@@ -40,11 +40,14 @@ _TAKEN = (
 )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise UserError(f"{text}: must be numbers as 12,24") from None
+def _numbers(key: str) -> Any:
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(sorted({int(word) for word in text.split(",")}))
+        except ValueError:
+            raise UserError(f"{key}={text}: must be whole numbers as 12,24") from None
+
+    return _comma_separated(read, "N,N,...")
 
 
 def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> Any:
@@ -57,7 +60,6 @@ def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> An
     )
 
 
-Numbers = Annotated[tuple[int, ...], _comma_separated(_numbers, "N,N,...")]
 Names = Annotated[
     tuple[str, ...],
     _comma_separated(lambda text: tuple(dict.fromkeys(text.split(","))), "NAME,NAME,..."),
@@ -73,9 +75,9 @@ class StudyArguments(FrozenConfig):
     """Method, widths and decoders; the depth is the study's."""
     data: Folder = ""
     """Image folder; needed unless --dry-run."""
-    depths: Numbers = (12, 24, 36, 48)
+    depths: Annotated[tuple[int, ...], _numbers("depths")] = (12, 24, 36, 48)
     """Encoder blocks; a preset's taps are spread evenly at depths that are not its own."""
-    stages: Numbers = (1, 2, 4)
+    stages: Annotated[tuple[int, ...], _numbers("stages")] = (1, 2, 4)
     """Pipeline stages; one stage (data parallelism with ZeRO-2) is the baseline and always in."""
     schedules: Names = ("1f1b", "dib")
     """Of gpipe, 1f1b, dib, dib_w; one stage has nothing to order and runs dib."""

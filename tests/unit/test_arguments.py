@@ -248,3 +248,60 @@ def test_presets_in_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(re.search(rf"^  {words}\s", out, re.MULTILINE) for words in COMMANDS)
     assert "--version" in out
+
+
+COMMAND_LINES = {
+    "study": "output: missing; give --output",
+    "study --output RUN --depths 12,x --dry-run": "depths=12,x: must be whole numbers as 12,24",
+    "study --output RUN --steps many --dry-run": "steps=many: must be a whole number",
+    "study --output RUN --data": "--data: needs a value; give one after it",
+    "study --output RUN stray --dry-run": "stray: unknown word; flags of pretrain come after `--`",
+    "plan --nodes 2": "preset: missing; give --preset",
+    "plan --preset debug --nodes 0": "nodes=0: must be positive",
+    "data scan": "dir: missing; give it behind the command",
+    "evaluate knn --jsn x": "--jsn: unknown flag; did you mean --json?",
+    "schedule --preset debug --stages 2 --microbatches 1000000": "microbatches=1000000: must be at",
+    "presets --json /proc/nowhere/x": "json=/proc/nowhere/x: cannot be written (",
+    "presets debug": "debug: unknown word; flags begin with --, see deepmim-scale presets --help",
+    "preset": "preset: unknown command; see deepmim-scale --help",
+}
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_every_command_says_it_in_one_line(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        deepmim_scale_main(line.replace("RUN", str(tmp_path / "run")).split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith(f"error: {COMMAND_LINES[line]}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[]", "must hold a JSON object"),
+        ("{}", "settings: missing; it is no study's"),
+        ('{"settings": {}, "environment": 5}', "environment: missing; it is no study's"),
+    ],
+)
+def test_a_study_goes_on_only_in_its_own_folder(
+    content: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "study.json").write_text(content)
+    words = ["study", "--output", str(tmp_path), "--dry-run", "--gpus-per-node", "4"]
+    with pytest.raises(SystemExit) as stop:
+        deepmim_scale_main(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/study.json: {expected}")
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path) -> None:
+    from deepmim_scale.runs.folder import load_run_config
+
+    (tmp_path / "config.json").write_text('{"model": {"num_experts": 8}}')
+    with pytest.raises(UserError, match=r"config\.json: num_experts=8: unknown key"):
+        load_run_config(tmp_path)

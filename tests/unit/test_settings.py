@@ -125,7 +125,7 @@ def test_frozen() -> None:
         Outer().count = 5  # type: ignore[misc]
 
 
-WORDS = {
+WORDS: dict[str, dict[str, Any]] = {
     "--count 0": {"count": 0},
     "--count many": {"count": "many"},
     "--count 1.5": {"count": 1.5},
