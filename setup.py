@@ -1,7 +1,12 @@
 """Package list and dependencies; build back end and settings of tools are in pyproject.toml."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
+PACKAGE = Path(__file__).parent / "deepmim_scale" / "__init__.py"
+VERSION = re.findall('^__version__ = "(.+)"$', PACKAGE.read_text(), re.MULTILINE)[0]
 SAMPLE = ["scikit-image>=0.24", "scikit-learn>=1.5"]
 PLOTS = ["matplotlib>=3.9"]
 CLIP = ["open_clip_torch>=2.26"]
@@ -9,7 +14,7 @@ DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
 
 setup(
     name="deepmim_scale",
-    version="0.1.0",
+    version=VERSION,
     description="Pre-train deep vision transformers by masked image modelling, stage by stage",
     license="Apache-2.0",
     python_requires=">=3.11",

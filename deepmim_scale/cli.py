@@ -6,11 +6,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from deepmim_scale import __version__
 from deepmim_scale.arguments import parse, run_command
 from deepmim_scale.errors import UserError
 
 # words: (module, class of its arguments, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "presets": (
+        "plan.preset_table",
+        "PresetsArguments",
+        "run_presets",
+        "list what can be trained, with sizes and costs",
+    ),
     "plan": ("plan.commands", "PlanArguments", "plan", "predict every way to run on a cluster"),
     "schedule": (
         "plan.schedule_command",
@@ -93,10 +100,15 @@ def _overview(group: str = "") -> str:
     if not group:
         lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
-    return "\n".join([usage, "", *lines, "", "Every command has --help."])
+    return "\n".join(
+        [usage, "", *lines, "", "Every command has --help; --version says which release this is."]
+    )
 
 
 def _dispatch(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "--version":
+        print(f"deepmim_scale {__version__}")
+        return
     groups = {words.split()[0] for words in COMMANDS if " " in words}
     group = argv[0] if argv and argv[0] in groups else ""
     rest = argv[1:] if group else argv

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.objectives.clip import LOCAL
+from deepmim_scale.objectives.clip import LOCAL, check_fit
 from deepmim_scale.objectives.features import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -82,19 +82,7 @@ def _check(visual: Any, name: str, config: ModelConfig) -> None:
             f"teacher={name}: must be a vision transformer with a class token; "
             "use ViT-B-16-quickgelu"
         )
-    size, patch = visual.image_size[0], visual.patch_size[0]
-    if (size, patch) != (config.img_size, config.patch_size):
-        theirs, ours = (size // patch) ** 2 + 1, config.num_patches + 1
-        raise UserError(
-            f"teacher={name}: {theirs} tokens from image size {size} and patch size {patch}, the "
-            f"model has {ours} from img_size={config.img_size} and patch_size={config.patch_size}; "
-            f"choose another teacher or --img-size {size} --patch-size {patch}"
-        )
-    if visual.output_dim != config.teacher_dim:
-        raise UserError(
-            f"teacher_dim={config.teacher_dim}: the features of teacher={name} are "
-            f"{visual.output_dim} wide; use --teacher-dim {visual.output_dim}"
-        )
+    check_fit(name, visual.image_size[0], visual.patch_size[0], visual.output_dim, config)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.methods import method_of
 from deepmim_scale.methods.base import Placement
 from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem, simulated

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.runs.folder import (
     CHECKPOINTS,
     CONFIG,

@@ -12,7 +12,7 @@ from deepmim_scale.train.pretrain import main
 DEEPMIM, MAE, MIRL = ("--preset", "debug"), ("--preset", "debug_mae"), ("--preset", "debug_mirl")
 TWO = (*DEEPMIM, "--stages", "2")
 # Processes, words, and how the line begins
-CASES = {
+CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
     "stages and processes": (
         4,
         (*DEEPMIM, "--stages", "3"),

@@ -20,12 +20,12 @@ PACKAGE = ROOT / "deepmim_scale"
 # annotations alone (`if TYPE_CHECKING`) are no arrows: nothing runs through them.
 ORDER = [
     ["errors", "precision"],
-    ["settings"],
+    ["settings", "json_file"],
     ["methods"],
     ["batch", "images"],
     ["objectives"],
     ["config"],
-    ["presets"],
+    ["presets", "flags"],
     ["arguments"],
     ["ds_config"],
     ["pipeline"],
