@@ -10,16 +10,11 @@ import tyro
 
 from deepmim_scale.arguments import writable
 from deepmim_scale.config import RunConfig
+from deepmim_scale.methods import method_of
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.presets import PRESETS, load_preset
 from deepmim_scale.settings import FrozenConfig
 
-# Where each method's recipe was published.
-_PUBLISHED = {
-    "mae": "facebookresearch/mae",
-    "deepmim": "OliverRensu/DeepMIM",
-    "mirl": "russellllaputa/MIRL",
-}
 _OURS = "deepmim_scale"
 # What all these recipes share; a preset that differs is a small one of ours.
 _RECIPE = ("global_batch", "blr", "weight_decay", "warmup_epochs")
@@ -55,7 +50,7 @@ def _row(name: str, config: RunConfig) -> Row:
         },
         "parameters": cost.whole.parameters,
         "training_gflops_per_image": round(cost.executed.training_flops / 1e9, 3),
-        "recipe": _PUBLISHED.get(model.method, _OURS) if published else _OURS,
+        "recipe": method_of(model).source if published else _OURS,
     }
 
 

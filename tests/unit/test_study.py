@@ -373,7 +373,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
 MISTAKES = {
     "--preset debug": "data: missing; give an image folder, or --dry-run",
     "--dry-run --preset vit": "preset=vit: unknown; choose one of quickstart",
-    "--dry-run --depths 4,x": "--depths: 4,x: must be numbers as 12,24",
+    "--dry-run --depths 4,x": "depths=4,x: must be whole numbers as 12,24",
     "--dry-run --depths 0": "depths=0: must be positive",
     "--dry-run --schedules dib,zb": "schedules=zb: unknown; use gpipe, 1f1b, dib, dib_w",
     "--dry-run --steps 5": "warmup_steps=10: must be less than steps=5",
