@@ -159,9 +159,10 @@ def describe(prepared: PreparedRun) -> Iterator[str]:
     if config.stages > 1:
         built = prepared.pipeline.built
         idle, schedule = built.timeline.idle_fraction, built.schedule
+        count = pluralize(batch.microbatches, "micro-batch", "micro-batches")
         yield (
             f"pipeline: {config.stages} stages {prepared.pipeline.text}, {schedule.name}, "
-            f"{schedule.pipeline.placement}, {pluralize(batch.microbatches, 'micro-batch', 'micro-batches')}; "
+            f"{schedule.pipeline.placement}, {count}; "
             f"simulated idle share {idle:.1%}"
         )
         if batch.microbatches < config.stages:

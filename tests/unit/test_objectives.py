@@ -300,15 +300,16 @@ def test_timm_mistakes_are_one_line(vit: tuple[str, Any], tmp_path: Path) -> Non
         f"teacher={wrong}: no weights of timm:{NAME}": timm_run(str(wrong)),
         f"teacher={text}: no weights of timm:{NAME}": timm_run(str(text)),
         f"teacher={larger}: no weights of timm:{NAME} for img_size=48": timm_run(str(larger)),
-        "teacher_dim=64: features of timm:vit_tiny_patch16_224 are 192 wide; "
+        "teacher_dim=64: the features of timm:vit_tiny_patch16_224 are 192 wide; "
         "use --teacher-dim 192": timm_run(file, teacher_dim=64),
-        f"target=timm:{NAME}: must be a vision transformer with patch_size=8": timm_run(
-            file, patch_size=8
+        f"target=timm:{NAME}: must be a timm vision transformer for img_size=48, patch_size=8 (its "
+        "patch size is (16, 16)); see": timm_run(file, patch_size=8),
+        "target=timm:vit_none: must be a timm vision transformer": timm_run(file, "vit_none"),
+        f"target=timm:{NAME}.none: must be a timm vision transformer": timm_run(
+            file, f"{NAME}.none"
         ),
-        "target=timm:vit_none: timm has no such model": timm_run(file, "vit_none"),
-        f"target=timm:{NAME}.none: timm cannot build it": timm_run(file, f"{NAME}.none"),
-        "target=timm:resnet18: timm cannot build it for img_size=48": timm_run(file, "resnet18"),
-        "target=timm:swin_tiny_patch4_window7_224: must be a vision transformer": timm_run(
+        "target=timm:resnet18: must be a timm vision transformer": timm_run(file, "resnet18"),
+        "target=timm:swin_tiny_patch4_window7_224: must be a timm vision transformer": timm_run(
             file, "swin_tiny_patch4_window7_224"
         ),
     }
@@ -332,7 +333,7 @@ def test_timm_needs_a_file(words: str, capsys: pytest.CaptureFixture[str]) -> No
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     file = words.removeprefix("--teacher ")
-    assert error.startswith(f"error: teacher={file}: target timm:{NAME} needs a file")
+    assert error.startswith(f"error: teacher={file}: target timm:{NAME} needs that model's weights")
 
 
 def test_unknown_targets() -> None:
