@@ -134,7 +134,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter.is_meta:
             continue
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        # torch's generator reads 32 bits of its seed, so both must be mixed into these.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         if name.endswith(("cls_token", "mask_token")):
             parameter.normal_(std=0.02, generator=generator)
         elif name.endswith("bias"):

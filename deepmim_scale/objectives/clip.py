@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.errors import UserError
 from deepmim_scale.json_file import read_json
-from deepmim_scale.objectives.base import Networks, ObjectiveSpec, TeacherSize, build_cosine
+from deepmim_scale.objectives.base import (
+    Networks,
+    ObjectiveSpec,
+    TeacherSize,
+    build_cosine,
+    check_width,
+)
 
 if TYPE_CHECKING:
     from deepmim_scale.config import ModelConfig, RunConfig
@@ -62,11 +68,7 @@ def check_fit(name: str, size: int, patch: int, width: int, model: ModelConfig) 
             f"model has {ours} from img_size={model.img_size} and patch_size={model.patch_size}; "
             f"choose another teacher or --img-size {size} --patch-size {patch}"
         )
-    if width != model.teacher_dim:
-        raise UserError(
-            f"teacher_dim={model.teacher_dim}: the features of teacher={name} are "
-            f"{width} wide; use --teacher-dim {width}"
-        )
+    check_width(model, f"teacher={name}", width)
 
 
 def teacher_size(model: ModelConfig) -> TeacherSize:

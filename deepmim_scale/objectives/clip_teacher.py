@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deepmim_scale.errors import UserError
+from deepmim_scale.objectives.base import one_line
 from deepmim_scale.objectives.clip import LOCAL, check_fit
 from deepmim_scale.objectives.features import FrozenTeacher
 
@@ -52,7 +53,7 @@ def load_teacher(
         with _quiet():
             visual = open_clip.create_model(name, load_weights=False, pretrained_text=False).visual
     except Exception as error:  # open_clip builds many kinds of models and fails in many ways
-        raise UserError(f"teacher={name}: cannot be built ({_line(error)})") from None
+        raise UserError(f"teacher={name}: cannot be built ({one_line(error)})") from None
     _check(visual, name, config)
     tag = {} if Path(weights).is_file() else open_clip.get_pretrained_cfg(name, weights)
     if tag.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
@@ -68,7 +69,7 @@ def load_teacher(
         )
     except Exception as error:  # nor is there an end to what downloads and files can raise
         raise UserError(
-            f"teacher_weights={weights}: cannot be loaded ({_line(error)}); "
+            f"teacher_weights={weights}: cannot be loaded ({one_line(error)}); "
             f"give a local file with the state dict of {name}"
         ) from None
     mean, std = tag.get("mean", visual.image_mean), tag.get("std", visual.image_std)
@@ -94,7 +95,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:240]

@@ -33,6 +33,7 @@ _TAKEN = (
     "--depth",
     "--stages",
     "--schedule",
+    "--schedule-file",
     "--steps",
     "--microbatch-size",
     "--microbatches",

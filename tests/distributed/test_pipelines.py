@@ -53,6 +53,7 @@ def legal_cases(world: int, *, thorough: bool) -> dict[str, Case]:
             "reduction": reduction,
             "microbatches": 4,
             "compare": False,
+            "alone": f"{method} 1x{world // stages} linear dib {reduction}",
         }
         if not is_legal(case) or (stages == 1 and (placement == "v" or schedule != "dib")):
             continue
@@ -60,6 +61,26 @@ def legal_cases(world: int, *, thorough: bool) -> dict[str, Case]:
         quick = reduction == "coalesced" or schedule == "dib"
         if stages == 1 or thorough or quick:
             cases[f"{method} {stages}x{world // stages} {placement} {schedule} {reduction}"] = case
+    return cases
+
+
+def other_cases(world: int) -> dict[str, Case]:
+    """Other targets, a user's own method, target and schedule, and schedules read from files."""
+    names = ("placement", "schedule", "microbatches", "compare")
+    base: Case = dict(zip(names, ("linear", "dib", 4, False), strict=True)) | {"stages": world}
+    cases: dict[str, Case] = {}
+    for kind in ("hog", "timm", "toys"):
+        own = "twos" if kind == "toys" else "dib_w"
+        for schedule in dict.fromkeys(("dib", own if world % 2 == 0 else "dib")):
+            case = base | {"method": kind, "schedule": schedule, "alone": f"{kind} 1 dib"}
+            cases[f"{kind} {world} {schedule}"] = case
+    if world == 2:
+        for file in ("by_hand", "zb_h1", "dib"):
+            alone = {"method": "deepmim", "alone": "deepmim 1x1 linear dib coalesced"}
+            cases[f"file {file}"] = base | alone | {"file": file}
+    if world == 3:
+        alone = {"method": "mirl", "alone": "mirl 1x1 linear dib coalesced"}
+        cases["file on the V"] = base | alone | {"file": "1f1b", "placement": "v"}
     return cases
 
 
@@ -90,6 +111,8 @@ def check_bit_equality(run: Run, *, thorough: bool) -> None:
     found, checked = {}, 0
     for world in WORLDS:
         cases = legal_cases(world, thorough=thorough)
+        if world <= 4:
+            cases |= other_cases(world)
         results, tensors = run(world, cases)
         for name, case in cases.items():
             found[name] = {
@@ -99,8 +122,7 @@ def check_bit_equality(run: Run, *, thorough: bool) -> None:
             }
             counted, expected = results[name]["bytes"]
             assert counted == expected, f"{name}: bytes sent {counted}, formula {expected}"
-            replicas = world // case["stages"]
-            alone = f"{case['method']} 1x{replicas} linear dib {case['reduction']}"
+            alone = case["alone"]
             assert found[name].keys() == found[alone].keys()
             for key, value in found[alone].items():
                 assert torch.equal(found[name][key], value), f"{name}: {key} differs"

@@ -75,9 +75,11 @@ def shown(value: Any) -> str:
 def test_help_shows_the_true_defaults(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     texts = help_of(["--preset", preset] if preset else [], capsys)
     expected = flat(load_preset(preset) if preset else RunConfig())
-    assert set(texts) == {f"--{key.replace('_', '-')}" for key in [*expected, "config"]}
+    named = {"from_step": "--from"}
+    flags = {key: named.get(key, f"--{key.replace('_', '-')}") for key in [*expected, "config"]}
+    assert set(texts) == set(flags.values())
     for key, value in expected.items():
-        text = " ".join(texts[f"--{key.replace('_', '-')}"].split())
+        text = " ".join(texts[flags[key]].split())
         defaults = re.findall(r"\(default: ([^()]*)\)$", text)
         if value in ("", None, ()):
             assert not re.search(r"\(default: (''|None)?\)", text), f"{key}: {text}"

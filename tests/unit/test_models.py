@@ -134,3 +134,13 @@ def test_patchify_round_trip() -> None:
     assert torch.equal(unpatchify(patches, 4, 3), images)
     # d = (row * p + column) * C + channel
     assert patches[1, 5, (2 * 4 + 3) * 3 + 1] == images[1, 1, 4 + 2, 8 + 3]
+
+
+def test_the_seed_decides_the_weights() -> None:
+    """Also beyond 32 bits of seed and name together, of which torch's generator reads 32 only."""
+    config = debug().model
+    first, again, other = (dict(build_model(config, seed=s).named_parameters()) for s in (1, 1, 2))
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name]), name
+        if weight.ndim > 1 and weight.requires_grad:
+            assert not torch.equal(weight, other[name]), name
