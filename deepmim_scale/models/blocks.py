@@ -89,6 +89,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """x [B, M, D] and memory [B, N, D] -> [B, M, D]."""
         k, v = self.kv(memory).chunk(2, dim=-1)
         q, k, v = (_heads(t, self.num_heads) for t in (self.q(x), k, v))
         return self.proj(_attend(q, k, v))
