@@ -71,7 +71,7 @@ def other_cases(world: int) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for kind in ("hog", "timm", "toys"):
         own = "twos" if kind == "toys" else "dib_w"
-        for schedule in dict.fromkeys(("dib", own if world % 2 == 0 else "dib")):
+        for schedule in ("dib", own) if world == 2 else ("dib",):
             case = base | {"method": kind, "schedule": schedule, "alone": f"{kind} 1 dib"}
             cases[f"{kind} {world} {schedule}"] = case
     if world == 2:
