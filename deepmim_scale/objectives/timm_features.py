@@ -26,7 +26,7 @@ def _create(model: ModelConfig, device: str) -> Any:
     name, side = model.target.partition(":")[2], model.patch_size
     try:
         with torch.device(device):
-            teacher = timm.create_model(name, num_classes=0, img_size=model.img_size)
+            teacher: Any = timm.create_model(name, num_classes=0, img_size=model.img_size)
         if teacher.num_prefix_tokens >= 0 and teacher.patch_embed.patch_size == (side, side):
             return teacher
         reason = f"its patch size is {teacher.patch_embed.patch_size}"

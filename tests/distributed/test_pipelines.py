@@ -75,7 +75,7 @@ def other_cases(world: int) -> dict[str, Case]:
             case = base | {"method": kind, "schedule": schedule, "alone": f"{kind} 1 dib"}
             cases[f"{kind} {world} {schedule}"] = case
     if world == 2:
-        for file in ("by_hand", "zb_h1", "dib"):
+        for file in ("by_hand", "zb_h1"):
             alone = {"method": "deepmim", "alone": "deepmim 1x1 linear dib coalesced"}
             cases[f"file {file}"] = base | alone | {"file": file}
     if world == 3:
