@@ -71,11 +71,11 @@ def other_cases(world: int) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for kind in ("hog", "timm", "toys"):
         own = "twos" if kind == "toys" else "dib_w"
-        for schedule in dict.fromkeys(("dib", own if world % 2 == 0 else "dib")):
+        for schedule in ("dib", own) if world == 2 else ("dib",):
             case = base | {"method": kind, "schedule": schedule, "alone": f"{kind} 1 dib"}
             cases[f"{kind} {world} {schedule}"] = case
     if world == 2:
-        for file in ("by_hand", "zb_h1", "dib"):
+        for file in ("by_hand", "zb_h1"):
             alone = {"method": "deepmim", "alone": "deepmim 1x1 linear dib coalesced"}
             cases[f"file {file}"] = base | alone | {"file": file}
     if world == 3:

@@ -26,6 +26,7 @@ from deepmim_scale.models import build_model
 from deepmim_scale.models.model import Model, local_backward
 from deepmim_scale.objectives import build_objective, find_objective, objective_of
 from deepmim_scale.objectives.ema import Ema
+from deepmim_scale.objectives.features import FrozenTeacher
 from deepmim_scale.objectives.hog import BINS, cell_side, hog, hog_width
 from deepmim_scale.pipeline.compatibility import check_combination
 from deepmim_scale.plan.resolve import training_plan
@@ -430,8 +431,6 @@ def test_pairs_predict_pixels_only(target: str) -> None:
 
 def test_imagenet_statistics_are_those_of_the_trained_model() -> None:
     """A teacher with ImageNet's own statistics gets the images as they are."""
-    from deepmim_scale.objectives.features import FrozenTeacher
-
     teacher = FrozenTeacher(torch.nn.Identity(), lambda images: images, IMAGENET_MEAN, IMAGENET_STD)
     images = torch.randn(1, 3, 4, 4)
     assert torch.equal(teacher(images), images)
