@@ -58,6 +58,7 @@ def schedule_from_json(path: str, content: dict[str, Any], pipeline: Pipeline) -
         known = ", ".join(vars(Style()))
         raise UserError(f"{path}: style={style}: must hold true or false for {known}")
     ranks = _take(path, content, "ranks", list)
+    # The pipeline follows from placement and layout, so this finds a file put together wrongly.
     if len(ranks) != pipeline.num_ranks:
         raise UserError(
             f"{path}: has {len(ranks)} ranks, this pipeline {pipeline.num_ranks}; "
@@ -96,6 +97,7 @@ def _instruction(where: str, number: int, step: Any) -> Instruction:
     kind, payload = step.get("kind"), step.get("payload")
     if kind not in _KINDS:
         raise UserError(f"{where}: kind={kind!r:.40}: unknown; use one of {', '.join(_KINDS)}")
+    # Only messages have two ends; a computation with a peer is a slip of the hand.
     is_message = kind in ("send", "receive")
     if (payload is None, step.get("peer") is None) != (not is_message, not is_message):
         raise UserError(f"{where}: send and receive, and only these, have a payload and a peer")

@@ -36,7 +36,9 @@ def validate(
     for rank in ranks:
         _check_order(schedule, rank)
         _check_dependencies(schedule, rank, sources)
-    simulate(schedule, Durations({}, {}))  # raises Deadlock
+    # Ranks that each wait for another's message pass every check of a single rank. Whether they
+    # end does not depend on how long things take.
+    simulate(schedule, Durations({}, {}))
     if memory_limit is not None:
         peaks = peak_activation_bytes(schedule, memory)
         for rank, peak in enumerate(peaks):
@@ -64,6 +66,7 @@ def _check_completeness(schedule: Schedule, rank: int) -> None:
         for kind in stage_kinds(pipeline, stage, schedule.style)
         for microbatch in range(schedule.num_microbatches)
     )
+    # Sends are waited for in the flush alone: without it a tensor could be freed too early.
     last = schedule.ranks[rank][-1]
     flush = Instruction("flush", pipeline.stages_of(rank)[0], -1)
     if last != flush:
@@ -76,6 +79,7 @@ def _check_completeness(schedule: Schedule, rank: int) -> None:
 
 def _check_order(schedule: Schedule, rank: int) -> None:
     """Micro-batches of one stage and kind (and payload and peer) come as 0, 1, 2, ..."""
+    # Sums of gradients are equal bit for bit because of this order, and messages need no tags.
     following: Counter[tuple[object, ...]] = Counter()
     for step in schedule.ranks[rank][:-1]:
         key = (step.kind, step.stage, step.payload, step.peer)
@@ -90,6 +94,7 @@ def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, In
     done: set[Instruction | Message] = set()
     for step in schedule.ranks[rank]:
         if step.kind == "receive":
+            # It needs its sender, which is on another rank: the simulation knows of that.
             required: list[Instruction | Message] = []
         elif step.kind == "send":
             required = [sources.get(step.message, step)]
@@ -104,6 +109,7 @@ def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, In
             if need not in done:
                 what = need if isinstance(need, Instruction) else _describe(need)
                 raise ScheduleError(f"rank {rank}: {step} comes before what it needs, {what}")
+        # What was received stands for the step that made it elsewhere.
         done.add(step.message if step.kind == "receive" else step)
 
 
@@ -131,6 +137,7 @@ def _check_messages(schedule: Schedule, sources: dict[Message, Instruction]) -> 
                 raise ScheduleError(f"rank {rank}: {step} belongs to another rank")
             found[step.kind][step.message] += 1
     for kind, counts in found.items():
+        # Needed ones first, so that the message tells what is missing before what is too much.
         for message in dict.fromkeys([*sources, *counts]):
             _, source, target, _ = message
             stage = source if kind == "send" else target

@@ -65,7 +65,7 @@ _FREE = frozenset(
     }
 )
 # But these cut the model, and where no gradient crosses a cut it matters where that is.
-_CUT = frozenset({"stages", "placement", "layout"})
+_CUT = frozenset({"stages", "placement", "layout", "schedule_file"})
 # What a start leaves in a folder before its first step.
 _BEFORE_CONFIG = frozenset({LOCK, STARTS})
 
