@@ -81,7 +81,8 @@ def _add_rows(parameter: nn.Parameter, rows: slice, gradient: Tensor) -> None:
         parameter.grad = gradient if whole else torch.zeros_like(parameter)
         if whole:
             return
-    parameter.grad[rows] += gradient
+    # Not `+=`, which would copy the slice onto itself after adding to it.
+    parameter.grad[rows].add_(gradient)
 
 
 def linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -226,7 +226,8 @@ def run_case(case: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[s
     for number in range(steps):
         spoil = None
         if case.get("infinite_stage") == pipeline.rank and number == 1:
-            spoil = lambda loss: loss * float("inf")  # noqa: E731
+            factor = float(case["factor"])
+            spoil = lambda loss: loss * factor  # noqa: E731, B023
         losses, norm, done = pipeline.step(number, spoil)
         norms.append(norm)
         applied.append(done)

@@ -274,7 +274,8 @@ def test_precisions(run: Run) -> None:
             assert torch.equal(tensors[1][alone + parameter], value), key
 
 
-def test_infinity_on_one_stage_skips_the_step_everywhere(run: Run) -> None:
+def test_a_loss_that_is_not_finite_skips_the_step_everywhere(run: Run) -> None:
+    """One replica's, on one stage; the next step is applied, so no weight was spoilt."""
     base = {
         "method": "deepmim",
         "stages": 2,
@@ -284,7 +285,13 @@ def test_infinity_on_one_stage_skips_the_step_everywhere(run: Run) -> None:
         "steps": 3,
         "infinite_stage": 1,
     }
-    results, _ = run(4, {name: base | {"json": name} for name in ("cpu_fp32", *PRECISIONS)})
+    results, _ = run(
+        4,
+        {
+            f"{name} {factor}": base | {"json": name, "factor": factor}
+            for name, factor in product(("cpu_fp32", *PRECISIONS), ("inf", "nan"))
+        },
+    )
     for name, result in results.items():
         votes = result["votes"]
         assert all(vote == votes[0] for vote in votes), f"{name}: ranks disagree: {votes}"
