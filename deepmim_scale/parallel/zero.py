@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -143,6 +144,7 @@ def build_engine(
     # The reduced norm alone vetoes NaN and infinity. DeepSpeed's scan of every gradient before it
     # finds nothing more, and launches 13 kernels for each parameter.
     engine.optimizer.check_overflow = lambda *_, **__: None
+    engine.optimizer.get_grad_norm_direct = partial(_reduced_norm, engine.optimizer)
     if precision == "float16":
         scale = ds_config.get("loss_scale", {})
         engine.optimizer.loss_scaler = DynamicLossScaler(
@@ -159,8 +161,22 @@ def build_engine(
     return engine
 
 
+def _reduced_norm(optimizer: Any, gradients: list[Tensor], *_: Any, **__: Any) -> Tensor:
+    """Norm of a parameter group's gradient over all stages, as DeepSpeed's, in a few launches."""
+    pieces = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+    total = torch.zeros((), device=optimizer.device)
+    if pieces:
+        norms = torch._foreach_norm(pieces, 2, torch.float32)
+        total = torch.stack(norms).square().sum()
+    # Over the replicas, which hold parts of the gradient, then over the stages.
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+    return total.sqrt()
+
+
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The compute precision of one micro-batch; a no-op in fp32 and with pure 16-bit weights."""
+    precision = Precision(precision)  # a name does, too
     if not precision.is_autocast:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision.product))
