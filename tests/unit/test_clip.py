@@ -167,18 +167,26 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, clip: Clip, data: Path, tmp_path: Path, capsys) -> None:
+def test_bad_input(
+    name: str, clip: Clip, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags, expected = BAD[name]
     command = [*words(clip, data, tmp_path / "run"), *flags.split()]
     assert expected in error_of(command, capsys)
 
 
-def test_not_installed(clip: Clip, data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_not_installed(
+    clip: Clip,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     assert "pip install open_clip_torch" in error_of(words(clip, data, tmp_path / "run"), capsys)
 
 
-def test_tags(monkeypatch) -> None:
+def test_tags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     config = ModelConfig(loss="cosine")
     with pytest.raises(UserError, match=r"locate the file on the Hub.*; give a local file"):

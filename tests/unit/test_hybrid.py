@@ -139,7 +139,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, mae: Path, data: Path, tmp_path: Path, capsys) -> None:
+def test_bad_input(
+    name: str, mae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags, expected = BAD[name]
     more = ["--taps=2,3,4", *flags.replace("MAE", str(mae)).split()]
     with pytest.raises(SystemExit) as stop:
@@ -150,7 +152,9 @@ def test_bad_input(name: str, mae: Path, data: Path, tmp_path: Path, capsys) -> 
     assert expected in err
 
 
-def test_generator_must_be_an_mae(mae: Path, data: Path, tmp_path: Path, capsys) -> None:
+def test_generator_must_be_an_mae(
+    mae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "deepmim"
     run.mkdir()
     text = (mae / "config.json").read_text().replace('"mae"', '"deepmim"')

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,7 @@ from deepmim_scale.plan.cost import (
 from deepmim_scale.plan.hardware import GPUS, NETWORKS
 from deepmim_scale.plan.messages import num_bytes, transfers_of
 from deepmim_scale.plan.partition import format_layout
-from deepmim_scale.plan.planner import Cluster, enumerate_plans, predict, to_json
+from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans, predict, to_json
 from deepmim_scale.plan.timing import (
     layout_of,
     memory_of,
@@ -38,15 +40,15 @@ from deepmim_scale.precision import Precision
 from deepmim_scale.presets import load_preset
 
 
-def model(preset, **changes):
+def model(preset: str, **changes: Any) -> ModelConfig:
     return load_preset(preset).model.replace(**changes)
 
 
-def cluster(network, gpu="v100-32g", nodes=4):
+def cluster(network: str, gpu: str = "v100-32g", nodes: int = 4) -> Cluster:
     return Cluster(nodes, 8, GPUS[gpu], NETWORKS[network])
 
 
-def best_of(plans, stages):
+def best_of(plans: list[Plan], stages: int) -> Plan:
     return next(plan for plan in plans if (plan.stages > 1) == (stages > 1))
 
 
@@ -61,12 +63,12 @@ VERDICTS = [
 
 
 @cache
-def plans_of(preset, network):
+def plans_of(preset: str, network: str) -> list[Plan]:
     return enumerate_plans(model(preset), cluster(network), 4096)
 
 
 @pytest.mark.parametrize(("preset", "network", "pipeline"), VERDICTS)
-def test_verdicts(preset, network, pipeline):
+def test_verdicts(preset: str, network: str, pipeline: bool) -> None:
     plans = plans_of(preset, network)
     assert (plans[0].stages > 1) == pipeline
     ratio = best_of(plans, 1).step_seconds / best_of(plans, 2).step_seconds
@@ -74,7 +76,7 @@ def test_verdicts(preset, network, pipeline):
         assert 1.7 <= ratio <= 2.0, ratio
 
 
-def test_no_communication_hides():
+def test_no_communication_hides() -> None:
     """Data parallelism alone, by hand: a step is its compute and then its communication."""
     for network in ("8xhdr", "edr"):
         best = best_of(plans_of("deepmim_vit_b_48", network), 1)
@@ -88,7 +90,7 @@ def test_no_communication_hides():
         assert best.step_seconds == pytest.approx(compute + best.reduction_seconds)
 
 
-def test_each_microbatch_may_reduce():
+def test_each_microbatch_may_reduce() -> None:
     """per_microbatch: an all-reduce for each of 4 micro-batches, one all-gather for all."""
     arguments = (model("deepmim_vit_b_12"), cluster("edr"), 1, "dib", 32, 4)
     once, often = (
@@ -99,7 +101,7 @@ def test_each_microbatch_may_reduce():
     assert often.memory_bytes < once.memory_bytes
 
 
-def test_the_teacher_is_planned():
+def test_the_teacher_is_planned() -> None:
     """CLIP beside the decoders: its forward in time and cut, its weights in memory."""
     config = model("deepmim_clip_vit_b_12")
     teacher = teacher_cost(config)
@@ -126,7 +128,7 @@ def test_the_teacher_is_planned():
     assert state > 10 * student.trainable + 4 * 86_192_640
 
 
-def test_memory_and_bytes_by_hand():
+def test_memory_and_bytes_by_hand() -> None:
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     plan = predict(config, cluster("edr"), 4, "1f1b", 64, 8)
     assert (plan.replicas, plan.layout) == (8, "3d|3d|3d|3d")
@@ -144,7 +146,7 @@ def test_memory_and_bytes_by_hand():
 
 
 @pytest.mark.parametrize("network", ["8xhdr", "25gbe"])
-def test_long_steps_continue_at_the_slowest_rank(network):
+def test_long_steps_continue_at_the_slowest_rank(network: str) -> None:
     """24 micro-batches predicted from 8 against the simulation of all of them."""
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     for name in ("1f1b", "dib", "dib_w"):
@@ -170,7 +172,7 @@ def test_long_steps_continue_at_the_slowest_rank(network):
         assert compute == pytest.approx(exact.timeline.makespan, rel=0.04), name
 
 
-def test_the_cut_respects_the_memory():
+def test_the_cut_respects_the_memory() -> None:
     """Where the fastest cut is too large for the GPU, a slower one that fits is planned."""
     config = model("deepmim_vit_b_48")
     fastest = predict(config, cluster("8xhdr", "a100-80g"), 4, "1f1b", 64, 8)
@@ -184,7 +186,7 @@ def test_the_cut_respects_the_memory():
     assert not predict(config, Cluster(4, 8, hopeless, 200.0), 4, "1f1b", 64, 8).fits
 
 
-def test_too_small_a_memory():
+def test_too_small_a_memory() -> None:
     plans = enumerate_plans(model("mirl_vit_b_48"), Cluster(1, 1, GPUS["v100-16g"], 1.0), 4096)
     assert plans[0].fits
     crowded = [plan for plan in plans if not plan.fits]
@@ -193,7 +195,7 @@ def test_too_small_a_memory():
     assert to_json(crowded)["best"] is None
 
 
-def test_messages_of_mirl():
+def test_messages_of_mirl() -> None:
     config = model("mirl_vit_b_48")
     found = {(m.payload, m.source, m.target) for m in transfers_of(config, layout_of(config, 3), 1)}
     assert ("prediction", 0, 2) in found
@@ -205,7 +207,7 @@ def test_messages_of_mirl():
     assert pipeline_of(config, layout_of(config, 1, "v"), "v").placement == "linear"
 
 
-def test_times_from_a_profile():
+def test_times_from_a_profile() -> None:
     """Decoders take twice the prediction, in the profile as one kind, in the result as three."""
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     predicted = times_of(config, layout_of(config, 2), 8, 1e12)
@@ -221,7 +223,7 @@ def test_times_from_a_profile():
         assert found[kind, stage] == pytest.approx(scale * seconds), kind
 
 
-def test_mirl_on_v_gains_over_folded_1f1b(capsys):
+def test_mirl_on_v_gains_over_folded_1f1b(capsys: pytest.CaptureFixture[str]) -> None:
     """Printed, whatever it is."""
     with capsys.disabled():
         for preset in ("mirl_vit_b_48", "mirl_vit_s_54"):
@@ -244,14 +246,14 @@ def test_mirl_on_v_gains_over_folded_1f1b(capsys):
             assert min(gains.values()) > 1
 
 
-def run(command, *flags):
+def run(command: str, *flags: str) -> None:
     module, arguments, function, _ = COMMANDS[command]
     code = importlib.import_module(f"deepmim_scale.{module}")
     given = parse(getattr(code, arguments), flags, prog=command)
     getattr(code, function)(given)
 
 
-def test_plan_command(tmp_path, capsys):
+def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     run(
         "plan",
@@ -283,7 +285,7 @@ def test_plan_command(tmp_path, capsys):
     assert "best: data parallelism alone, --stages 1" in capsys.readouterr().out
 
 
-def test_schedule_command(tmp_path, capsys):
+def test_schedule_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     run(
         "schedule",
@@ -322,7 +324,7 @@ def test_schedule_command(tmp_path, capsys):
     assert "1f1b" in capsys.readouterr().out
 
 
-def test_svg_of_the_v(tmp_path):
+def test_svg_of_the_v(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     config = model("debug_mirl")
     layout = layout_of(config, 3, "v")
@@ -341,12 +343,12 @@ def test_svg_of_the_v(tmp_path):
     assert {"thread_name", "forward 0", "wait for activation"} <= names
 
 
-def test_fewer_microbatches_than_stages_warns(capsys):
+def test_fewer_microbatches_than_stages_warns(capsys: pytest.CaptureFixture[str]) -> None:
     run("schedule", "--preset", "debug", "--stages", "4", "--microbatches", "2")
     assert "idle" in capsys.readouterr().err
 
 
-def test_activations_beyond_the_gpu_warn(capsys):
+def test_activations_beyond_the_gpu_warn(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--preset deepmim_vit_b_48 --stages 2 --microbatches 8 --schedule gpipe --gpu v100-16g"
     run("schedule", *flags.split(), "--microbatch-size", "64")
     warning = capsys.readouterr().err
@@ -399,13 +401,13 @@ def test_activations_beyond_the_gpu_warn(capsys):
         ("plan --preset debug --json /proc/none/p", "json=/proc/none/p: cannot be written"),
     ],
 )
-def test_mistakes(flags, message):
+def test_mistakes(flags: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         run(*flags.split())
     assert "\n" not in str(error.value)
 
 
-def test_plan_imports_no_torch():
+def test_plan_imports_no_torch() -> None:
     plan = "cost hardware messages partition timing planner resolve commands schedule_command"
     pipeline = "ir builders list_scheduler registry compatibility files validate simulate draw"
     names = [f"plan.{name}" for name in plan.split()] + [f"pipeline.{n}" for n in pipeline.split()]
