@@ -279,7 +279,7 @@ def test_losses_picture_of_a_short_run(
     losses.draw(loss_rows(values), tmp_path / "losses.png")
     axes = pyplot.gcf().axes[0]
     assert all(tick == round(tick) for tick in axes.get_xticks())
-    if values[0]:
+    if values[-1]:
         assert axes.get_ylim()[1] > 1.03 * values[-1]
         assert axes.lines[0].get_marker() == "."
     monkeypatch.undo()

@@ -28,7 +28,7 @@ from deepmim_scale.train.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, PATCH, WIDTH = 32, 8, 24
-FITS = ModelConfig(loss="cosine", img_size=SIZE, patch_size=PATCH, teacher_dim=WIDTH)
+FITS = ModelConfig(target="clip", img_size=SIZE, patch_size=PATCH, teacher_dim=WIDTH)
 NETWORK = {
     "embed_dim": WIDTH,
     "quick_gelu": True,
@@ -188,7 +188,7 @@ def test_not_installed(
 
 def test_tags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config = ModelConfig(loss="cosine")
+    config = ModelConfig(target="clip")
     with pytest.raises(UserError, match=r"locate the file on the Hub.*; give a local file"):
         load_teacher("ViT-B-16-quickgelu", "metaclip_fullcc", config)
     with pytest.raises(UserError, match="need QuickGELU; use --teacher ViT-B-16-quickgelu"):

@@ -149,7 +149,15 @@ def _flat(data: Path) -> None:
 
 
 def _remove(*paths: str) -> Damage:
-    return lambda data: [shutil.rmtree(data / path) for path in paths]
+    def damage(data: Path) -> None:
+        for path in paths:
+            place = data / path
+            if place.is_dir():
+                shutil.rmtree(place)
+            else:
+                place.unlink()
+
+    return damage
 
 
 CASES: dict[str, tuple[str, list[str], Damage, str]] = {
@@ -165,7 +173,7 @@ CASES: dict[str, tuple[str, list[str], Damage, str]] = {
     "few images": (
         "linear",
         [],
-        lambda data: [(data / f"train/red/{n}.png").unlink() for n in (0, 1)],
+        _remove("train/red/0.png", "train/red/1.png"),
         "4 training images of class red",
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from deepmim_scale.runs.folder import load_run_config, read_metrics
 from deepmim_scale.train.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
+SMALL: dict[str, Any] = {
     "img_size": 24,
     "patch_size": 8,
     "embed_dim": 16,

@@ -98,7 +98,7 @@ def test_deepmim_vit_b_12_runs_one_step() -> None:
 
 
 def test_cosine_needs_a_teacher() -> None:
-    config = debug().model.replace(loss="cosine", teacher_dim=20)
+    config = debug().model.replace(target="clip", teacher_dim=20)
     model = build_model(config)
     with pytest.raises(ValueError, match="teacher"):
         model(**batch(config))
@@ -108,7 +108,7 @@ def test_cosine_needs_a_teacher() -> None:
 
 @pytest.mark.parametrize("run", [lambda m, **kw: m(**kw), local_backward])
 def test_shapes_are_checked(run: Callable[..., object]) -> None:
-    config = debug().model.replace(loss="cosine", teacher_dim=20)
+    config = debug().model.replace(target="clip", teacher_dim=20)
     model, inputs = build_model(config), batch(config)
     with pytest.raises(ValueError, match=r"noise: has shape \[64\]; must be \[B, L\]=\[3, 64\]"):
         run(model, **(inputs | {"noise": torch.rand(64)}))

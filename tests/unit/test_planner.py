@@ -18,6 +18,7 @@ from deepmim_scale.errors import UserError
 from deepmim_scale.methods import method_of
 from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt
+from deepmim_scale.pipeline.ir import Kind
 from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.plan.cost import (
     model_cost,
@@ -113,18 +114,18 @@ def test_the_teacher_is_planned() -> None:
         taught = 8e-12 * teacher.forward_flops if stage.decoders else 0.0
         assert times["decoder", index] == pytest.approx(seconds + taught)
     deep = ModelConfig(**(config.model_dump() | {"depth": 48, "taps": "even"}))
-    plain = deep.replace(loss="pixel")
+    plain = deep.replace(target="pixel")
     assert format_layout(layout_of(deep, 8), deep) == "11|1d|11|1d|11|1d|11|1d"
     assert format_layout(layout_of(plain, 8), plain) == "9|3d|9|3d|9|3d|9|3d"
-    taught, plain = (
+    with_teacher, without = (
         predict(m, cluster("8xhdr"), 1, "dib", 128, 1)
-        for m in (config, config.replace(loss="pixel"))
+        for m in (config, config.replace(target="pixel"))
     )
-    assert taught.step_seconds > 1.3 * plain.step_seconds
+    assert with_teacher.step_seconds > 1.3 * without.step_seconds
     student = model_cost(config).whole
     assert student.frozen < 10**6
     state = zero2_state_bytes(model_cost(config), 32)
-    assert taught.memory_bytes - taught.activation_bytes == state
+    assert with_teacher.memory_bytes - with_teacher.activation_bytes == state
     assert state > 10 * student.trainable + 4 * 86_192_640
 
 
@@ -211,7 +212,7 @@ def test_times_from_a_profile() -> None:
     """Decoders take twice the prediction, in the profile as one kind, in the result as three."""
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     predicted = times_of(config, layout_of(config, 2), 8, 1e12)
-    factor = {"forward": 1.5, "encoder_backward": 1.5, "decoder": 2.0}
+    factor: dict[Kind, float] = {"forward": 1.5, "encoder_backward": 1.5, "decoder": 2.0}
     measured = {
         (kind, stage): scale * predicted.compute[kind, stage]
         for kind, scale in factor.items()
