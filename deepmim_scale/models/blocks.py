@@ -7,6 +7,7 @@ Source: facebookresearch/mae models_mae.py and util/pos_embed.py; CrossBlock: ru
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -119,7 +120,7 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm4(x))
 
 
-def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile every encoder and decoder block by itself; equal shapes share one graph."""
     for block in module.modules():
         if isinstance(block, Block | CrossBlock):

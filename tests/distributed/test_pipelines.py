@@ -89,7 +89,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run cases in `world` processes; results and parameters by case."""
     port = iter(range(29730, 29800))
 
-    def launch(world: int, cases: dict[str, Case]):
+    def launch(
+        world: int, cases: dict[str, Case]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp(f"world{world}")
         (folder / "cases.json").write_text(json.dumps(cases))
         command = ["torchrun", "--nproc_per_node", str(world), "--master_port", str(next(port))]

@@ -63,8 +63,10 @@ CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
     "dib_w per micro-batch": (
         2,
         (*TWO, "--schedule", "dib_w", "--reduction", "per_microbatch"),
-        "reduction=per_microbatch: schedule=dib_w leaves weight gradients for later and needs "
-        "reduction=coalesced; or use schedule=dib",
+        (
+            "reduction=per_microbatch: schedule=dib_w leaves weight gradients for later and needs "
+            "reduction=coalesced; or use schedule=dib"
+        ),
     ),
     "mirl in 4": (
         4,
@@ -94,8 +96,10 @@ CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
     "local, no decoder at the end": (
         2,
         (*TWO, "--gradient-flow", "local", "--layout", "3d1|2d3d3d"),
-        "gradient_flow=local: layout 3d1|2d3d3d has blocks that no loss of their stage reaches; "
-        "end every stage with a decoder",
+        (
+            "gradient_flow=local: layout 3d1|2d3d3d has blocks that no loss of their stage "
+            "reaches; end every stage with a decoder"
+        ),
     ),
     "local mae": (
         2,

@@ -204,8 +204,10 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "before its source": (
         move(0, 4, 0),
-        "rank 0: decoder_forward of stage 0, micro-batch 0 comes before what it needs, forward of "
-        "stage 0, micro-batch 0",
+        (
+            "rank 0: decoder_forward of stage 0, micro-batch 0 comes before what it needs, forward "
+            "of stage 0, micro-batch 0"
+        ),
     ),
     "before its message": (
         move(1, 0, 2),
@@ -213,18 +215,24 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "used before it is received": (
         swap(0, 8, 9),
-        "rank 0: encoder_backward of stage 0, micro-batch 0 comes before what it needs, gradient "
-        "from stage 1 to stage 0, micro-batch 0",
+        (
+            "rank 0: encoder_backward of stage 0, micro-batch 0 comes before what it needs, "
+            "gradient from stage 1 to stage 0, micro-batch 0"
+        ),
     ),
     "sent before it is made": (
         move(0, 2, 0),
-        "rank 0: send activation of stage 0, micro-batch 0 (peer: stage 1) comes before what it "
-        "needs, forward of stage 0, micro-batch 0",
+        (
+            "rank 0: send activation of stage 0, micro-batch 0 (peer: stage 1) comes before what "
+            "it needs, forward of stage 0, micro-batch 0"
+        ),
     ),
     "deadlock": (
         move(0, 8, 2),
-        "schedule mine never ends: rank 0 at receive gradient of stage 0, micro-batch 0 (peer: "
-        "stage 1); rank 1 at receive activation",
+        (
+            "schedule mine never ends: rank 0 at receive gradient of stage 0, micro-batch 0 "
+            "(peer: stage 1); rank 1 at receive activation"
+        ),
     ),
     "twice": (
         lambda c: steps(c, 1).insert(3, dict(steps(c, 1)[2])),

@@ -122,7 +122,7 @@ def test_replace_checks() -> None:
 
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Outer().count = 5  # type: ignore[misc]
+        Outer().count = 5
 
 
 WORDS: dict[str, dict[str, Any]] = {
