@@ -57,25 +57,25 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_linear",
         "linear probe on your classes",
     ),
-    "analyse reconstruct": (
+    "analyze reconstruct": (
         "analysis.commands",
         "ReconstructArguments",
         "run_reconstruct",
         "draw what each decoder fills in",
     ),
-    "analyse losses": (
+    "analyze losses": (
         "analysis.commands",
         "LossesArguments",
         "run_losses",
         "draw each decoder's loss over a run",
     ),
-    "analyse attention": (
+    "analyze attention": (
         "analysis.commands",
         "AttentionArguments",
         "run_attention",
         "how far each head looks",
     ),
-    "analyse cka": (
+    "analyze cka": (
         "analysis.commands",
         "CkaArguments",
         "run_cka",
@@ -89,6 +89,10 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     ),
     "verify": ("checkpoint.commands", "VerifyArguments", "run", "check a checkpoint's digests"),
 }
+
+
+# The British spelling of earlier releases.
+ALIASES = {"analyse": "analyze"}
 
 
 def _overview(group: str = "") -> str:
@@ -109,6 +113,7 @@ def _dispatch(argv: Sequence[str]) -> None:
     if argv and argv[0] == "--version":
         print(f"deepmim_scale {__version__}")
         return
+    argv = [ALIASES.get(word, word) for word in argv[:1]] + list(argv[1:])
     groups = {words.split()[0] for words in COMMANDS if " " in words}
     group = argv[0] if argv and argv[0] in groups else ""
     rest = argv[1:] if group else argv

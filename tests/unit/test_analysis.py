@@ -251,12 +251,12 @@ def loss_rows(values: list[float | None]) -> list[dict[str, Any]]:
 def test_losses_command_with_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = [4.0, None, 2.0, None, *[2.0] * 16, None, *[1.0] * 9]
     run = write_metrics(tmp_path, loss_rows(values))
-    main(["analyse", "losses", str(run)])
+    main(["analyze", "losses", str(run)])
     assert "a          3.0000 -> 1.0000  (0.33)" in capsys.readouterr().out
     content = json.loads((run / "losses.json").read_text())
     assert content == {"step": 30, "losses": {"a": {"first": 3.0, "last": 1.0}}}
     write_metrics(tmp_path, loss_rows([1.0, None]))
-    main(["analyse", "losses", str(run)])
+    main(["analyze", "losses", str(run)])
     content = json.loads((run / "losses.json").read_text())
     assert content == {"step": 2, "losses": {"a": {"first": 1.0, "last": None}}}
 
