@@ -115,8 +115,12 @@ def resolve_batch(config: RunConfig, num_replicas: int) -> BatchSizes:
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
-    """The checked JSON of a DeepSpeed configuration; values may still be "auto"."""
-    content = read_json(path)
+    """The checked JSON of a DeepSpeed configuration; values may still be "auto".
+
+    A bare name, such as `a100_bf16.json`, that is no file here means the bundled one.
+    """
+    is_name = Path(path).name == path and not Path(path).exists()
+    content = read_json((is_name and _find_bundled(path)) or path)
     _check(path, content, _SCHEMA, "")
     stage = content.get("zero_optimization", {}).get("stage")
     if stage != 2:
@@ -213,8 +217,13 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def bundled(name: str) -> str:
-    """Path of a configuration of `ds_configs/` in this clone."""
-    path = Path(__file__).resolve().parents[1] / "ds_configs" / name
-    if not path.is_file():
-        raise UserError("deepspeed_config: missing; give the path of a DeepSpeed JSON")
-    return str(path)
+    """Path of a configuration of `ds_configs/`, which an installation holds as a package."""
+    path = _find_bundled(name)
+    assert path, f"{name} is not in ds_configs/"
+    return path
+
+
+def _find_bundled(name: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    places = [folder / "ds_configs" / name for folder in (here, here.parent)]
+    return next((str(path) for path in places if path.is_file()), None)

@@ -133,7 +133,7 @@ def run_config(case: dict[str, Any], folder: Path | None = None) -> RunConfig:
         clip_grad=case.get("clip", 0.0),
         seed=1,
         eps=EPS,
-        timeout=60.0,
+        timeout=300.0,
         **chosen,
     )
 
@@ -277,7 +277,7 @@ def main() -> None:
     torch.set_num_threads(1)
     runpy.run_path(str(ROOT / "tests/unit/test_registries.py"))["register_toys"]()
     out, cases = Path(sys.argv[-2]), json.loads(Path(sys.argv[-1]).read_text())
-    zero.init_processes(timeout_seconds=120)
+    zero.init_processes(timeout_seconds=300)
     # The CPU accelerator refuses fp16, although torch's CPU kernels are enough for its arithmetic.
     accelerator = type(deepspeed.accelerator.get_accelerator())
     accelerator.is_fp16_supported = lambda self: True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch._inductor.compile_fx  # DeepSpeed needs it: imported once, before the legs are forked
 import torch.distributed as dist
+from free_port import free_port
 from pipelines import LEARNING_RATE, Pipeline, micro_batch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,7 +66,7 @@ def run_leg(folder: Path, number: int, case: dict[str, Any], rank: int, port: in
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    zero.init_processes(timeout_seconds=60)
+    zero.init_processes(timeout_seconds=300)
     case = case | {"microbatches": MICROBATCHES // case["replicas"]}
     checkpoint = folder / "checkpoints" / f"step_{number:08d}" if number else None
     pipeline = Pipeline(case, checkpoint)
@@ -102,9 +102,7 @@ def main() -> None:
     for name, chain in chains.items():
         (folder / name).mkdir()
         for number, case in enumerate(chain):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = free_port()
             ranks = range(case["stages"] * case["replicas"])
             legs = [
                 fresh.Process(target=run_leg, args=(folder / name, number, case, rank, port))

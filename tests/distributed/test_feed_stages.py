@@ -83,7 +83,7 @@ def worker(root: Path, stage: int) -> None:
         store=dist.FileStore(str(root / "store"), STAGES),
         rank=stage,
         world_size=STAGES,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     group = dist.new_group(range(STAGES))
     assert isinstance(group, dist.ProcessGroup), "every process is a stage"
@@ -160,7 +160,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         subprocess.Popen([*command, str(stage)], env=environment, stderr=subprocess.PIPE, text=True)
         for stage in range(STAGES)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), errors
     return [json.loads((root / f"{stage}.json").read_text()) for stage in range(STAGES)]
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from free_port import free_port
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.runs.folder import list_checkpoints, read_metrics, step_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "29621"],
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "29622"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port"],
     "python": [sys.executable],
 }
 # 3 steps of the same 16 images, whatever the number of processes.
@@ -45,9 +46,10 @@ SAME = [
 
 
 def pretrain(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCHERS[launcher], str(ROOT / "launcher" / "pretrain.py"), *words]
+    port = [] if launcher == "python" else [str(free_port())]
+    command = [*LAUNCHERS[launcher], *port, str(ROOT / "launcher" / "pretrain.py"), *words]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=180, check=False
+        command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False
     )
 
 
@@ -144,7 +146,7 @@ def test_kill_and_resume_is_exact(photos: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*launcher, *words, "--output", str(killed)], stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list_checkpoints(killed) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

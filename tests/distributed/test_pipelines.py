@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from free_port import free_port
 from safetensors.torch import load_file
 
 from deepmim_scale.config import ModelConfig
@@ -87,14 +88,13 @@ def other_cases(world: int) -> dict[str, Case]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run cases in `world` processes; results and parameters by case."""
-    port = iter(range(29730, 29800))
 
     def launch(
         world: int, cases: dict[str, Case]
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp(f"world{world}")
         (folder / "cases.json").write_text(json.dumps(cases))
-        command = ["torchrun", "--nproc_per_node", str(world), "--master_port", str(next(port))]
+        command = ["torchrun", "--nproc_per_node", str(world), "--master_port", str(free_port())]
         done = subprocess.run(
             [*command, str(SCRIPT), str(folder / "out"), str(folder / "cases.json")],
             capture_output=True,

@@ -45,13 +45,14 @@ CHAINS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reshard")
     (folder / "chains.json").write_text(json.dumps(CHAINS))
+    path = os.pathsep.join(filter(None, sys.path))  # where free_port.py is found too
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), str(folder / "chains.json")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

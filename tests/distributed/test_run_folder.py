@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.runs.folder import LOCK, METRICS, list_checkpoints, read_metrics, step_folder
@@ -37,11 +38,12 @@ class Started:
     def __init__(self, photos: str, run: Path, *words: str, world: int = 1) -> None:
         # Not beside the run, whose disk may be full.
         self.log = Path(tempfile.mkdtemp()) / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), *SMALL]
-        launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        launch = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world),
+        }
         self.processes = []
         for rank in range(world):
             ids = {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}

@@ -42,7 +42,7 @@ def test_two_cells(photos: str, tmp_path: Path) -> None:
         "--blr",
         "0.1",
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     baseline, pipeline = json.loads((folder / "study.json").read_text())["rows"]
     assert (baseline["status"], pipeline["status"]) == ("done", "done")
@@ -57,6 +57,6 @@ def test_two_cells(photos: str, tmp_path: Path) -> None:
         assert len(set(losses)) == 3, "it learns"
         assert not files.list_checkpoints(run), "--save-every 0"
     before = [(run / "metrics.jsonl").stat().st_mtime for run in runs]
-    again = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    again = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 0, again.stderr
     assert [(run / "metrics.jsonl").stat().st_mtime for run in runs] == before

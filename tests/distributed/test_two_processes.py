@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_port import free_port
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -15,9 +16,9 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("two") / "out.json"
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", "29611", str(SCRIPT)]
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*command, str(out)], capture_output=True, text=True, timeout=300, check=False
+        [*launcher, str(SCRIPT), str(out)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(out.read_text())

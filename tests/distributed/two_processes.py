@@ -251,7 +251,7 @@ CHECKS: list[Callable[[Any], Any]] = [
 
 def main() -> None:
     torch.set_num_threads(1)
-    zero.init_processes(timeout_seconds=120)
+    zero.init_processes(timeout_seconds=300)
     grid = zero.build_grid(num_stages=1)
     results = {check.__name__: check(grid) for check in CHECKS}
     if dist.get_rank() == 0:

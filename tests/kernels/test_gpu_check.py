@@ -23,7 +23,7 @@ def test_the_timed_step_trains() -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=250,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     losses = json.loads(result.stdout.splitlines()[-1])

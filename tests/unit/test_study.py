@@ -7,7 +7,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,7 +244,6 @@ def test_files_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_dry_run_in_a_process(tmp_path: Path) -> None:
     """12 to 48 blocks, 1 to 4 stages, two schedules."""
-    began = time.perf_counter()
     done = subprocess.run(
         [
             sys.executable,
@@ -265,7 +263,6 @@ def test_dry_run_in_a_process(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 60
     rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
     assert len(rows) == 4 * 5
     for row in rows:
