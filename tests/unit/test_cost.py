@@ -293,3 +293,14 @@ def test_equals_flop_counter_on_our_models(preset: str, masked_query: bool) -> N
         assert counter.get_total_flops() == num_images * whole.forward_flops
         loss.backward()
         assert counter.get_total_flops() == num_images * whole.training_flops
+
+
+def test_the_teacher_is_the_one_that_is_named() -> None:
+    """Sizes of open_clip's ViT-L are three times those of the default ViT-B."""
+    pytest.importorskip("open_clip")
+    base = load_preset("deepmim_clip_vit_b_12").model
+    large = base.replace(teacher="ViT-L-14", teacher_dim=768)
+    costs_of = costs.teacher_cost(base), costs.teacher_cost(large)
+    assert costs_of[1].forward_flops > 3 * costs_of[0].forward_flops
+    assert costs_of[1].frozen > 3 * costs_of[0].frozen
+    assert costs.teacher_cost(base.replace(target="pixel")).frozen == 0
