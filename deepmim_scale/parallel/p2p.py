@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepmim_scale.parallel.groups import new_own_group
 from deepmim_scale.parallel.stages import TensorRoom
 from deepmim_scale.pipeline.ir import Instruction, Payload, Pipeline, Schedule
 
@@ -60,13 +61,11 @@ class Channels:
         self._groups: dict[Channel, Any] = {}
         # A communicator of two ranks for each channel. On a shared one NCCL carries messages one
         # by one, and a send holds up everything behind it until the other side receives: a ring of
-        # ranks that all send first would never end. Every rank takes part in making every group.
+        # ranks that all send first would never end. The order of making them is that of channels.
         for channel in channels_of(schedule):
-            for ranks in replicas:
-                pair = [ranks[channel[1]], ranks[channel[2]]]
-                group = dist.new_group(pair, timeout=timeout)
-                if me in pair:
-                    self._groups[channel] = group
+            pair = [self._ranks[channel[1]], self._ranks[channel[2]]]
+            if me in pair:
+                self._groups[channel] = new_own_group(pair, timeout)
         self._connect()
 
     def _connect(self) -> None:
