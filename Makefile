@@ -30,8 +30,8 @@ pretrain: setup
 	rm -rf $(RUN)
 	deepmim-scale data samples samples
 	deepspeed --num_accelerators $(NUM_PROCESSES) launcher/pretrain.py --preset quickstart --data samples --output $(RUN)
-	deepmim-scale analyse losses $(RUN)
-	deepmim-scale analyse reconstruct $(RUN)
+	deepmim-scale analyze losses $(RUN)
+	deepmim-scale analyze reconstruct $(RUN)
 	deepmim-scale evaluate digits $(RUN)
 
 test: setup-all

@@ -4,32 +4,75 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
-import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.flags import (
+    MAE_FLAGS,
+    check_flags,
+    flags_of,
+    given_flags,
+    modernize,
+    normal,
+    refuse,
+)
+from deepmim_scale.json_file import read_json
 from deepmim_scale.methods import METHODS
-from deepmim_scale.objectives import HYBRID
 from deepmim_scale.presets import PRESETS, load_preset
-from deepmim_scale.settings import FrozenConfig
-
-ALIASES = {"--loss": ["--target"], "--hybrid": ["--target", HYBRID, "--teacher"]}
+from deepmim_scale.settings import File, FrozenConfig, shown_as
 
 Arguments = TypeVar("Arguments", bound=FrozenConfig)
 
+# What tyro says, in the words of settings.py; VALUE is the flag's as it was typed.
+_TRANSLATIONS = (
+    (r"Error parsing (--[\w-]+): .*int\(\)", "must be a whole number"),
+    (r"Error parsing (--[\w-]+): .*to float", "must be a number"),
+    (r"Error parsing (--[\w-]+): Could not find valid parse", "must be a number, or several"),
+    (r"invalid choice .* for argument '(--[\w-]+)'\. Expected one of \((.*)\)", "must be one of "),
+)
 
-def _parser_message(output: str) -> str:
+
+def _complaint(
+    stop: SystemExit, output: str, argv: Sequence[str], config_class: type[FrozenConfig]
+) -> str:
+    """What was wrong: our own exception behind tyro's exit, or else what the box it drew says."""
+    error: BaseException | None = stop
+    while error is not None:
+        if isinstance(error, UserError):
+            return str(error)
+        error = error.__context__
+    text = _boxed(output)
+    for pattern, rule in _TRANSLATIONS:
+        found = re.search(pattern, text)
+        if found:
+            flag, *choices = found.groups()
+            value = given_flags(argv).get(flag, "")
+            rule += ", ".join(re.findall("'(.*?)'", choices[0])) if choices else ""
+            return f"{flag.strip('-').replace('-', '_')}={value}: {rule}"
+    without = re.search(r"Missing value for argument '(--[\w-]+)", text)
+    if without:
+        return f"{without[1]}: needs a value; give one after it"
+    missing = re.match(r"Missing from [\w -]+: (--[\w-]+)?", text)
+    if not missing:
+        return text
+    if missing[1]:
+        return f"{missing[1].strip('-').replace('-', '_')}: missing; give {missing[1]}"
+    fields = config_class.model_fields.items()
+    first = next(name for name, field in fields if field.is_required())
+    return f"{first}: missing; give it behind the command"
+
+
+def _boxed(output: str) -> str:
     """The sentence inside the box that tyro draws around an error."""
     body: list[str] = []
     for line in output.strip().splitlines()[1:]:  # the first line is the title
@@ -38,44 +81,23 @@ def _parser_message(output: str) -> str:
             break
         if not is_rule:
             body.append(line.strip("|\u2502 "))
-    text = re.sub(r"\s+", " ", " ".join(body)).strip()
-    ours = re.search(r"Value error, (.*?) \[type=value_error", text)  # raised by a config's check
-    # A message of ours that begins with key=value needs no flag before it.
-    return ours[1] if ours else re.sub(r"^Error parsing (--[\w-]+: (?=\w+=))?", "", text)
-
-
-def _flags(config_class: type[FrozenConfig]) -> dict[str, bool]:
-    """Every flag there is, and whether it is a switch, which takes no value."""
-    flags: dict[str, bool] = {}
-    for name, field in config_class.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenConfig):
-            flags |= _flags(field.annotation)
-        else:
-            # Some flags have another name than their field, such as --from and --json.
-            names = [getattr(entry, "name", None) for entry in field.metadata]
-            word = next(filter(None, names), name).replace("_", "-")
-            flags |= {f"--{word}": field.annotation is bool}
-            flags |= {f"--no-{word}": True} if field.annotation is bool else {}
-    return flags
-
-
-def _refuse(word: str, argv: Sequence[str], flags: dict[str, bool], prog: str) -> NoReturn:
-    """UserError for a word that no flag takes."""
-    words = [part for given in argv for part in given.split("=", 1)]
-    before = words[max(words.index(word) - 1, 0)].replace("_", "-") if word in words else ""
-    if flags.get(before) and not word.startswith("-"):
-        name = before.removeprefix("--no-").removeprefix("--")
-        raise UserError(f"{before}={word}: takes no value; use --{name} or --no-{name}")
-    flag = word.split("=")[0].replace("_", "-")
-    near = difflib.get_close_matches(flag, flags, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
-    raise UserError(f"{word}: unknown flag; {hint}")
+    return re.sub(r"\s+", " ", " ".join(body)).strip()
 
 
 def parse(
-    config_class: type[Arguments], argv: Sequence[str], *, prog: str, default: Any = None
+    config_class: type[Arguments],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    default: Any = None,
+    theirs: Mapping[str, str] | None = None,
 ) -> Arguments:
-    """Arguments of `config_class`, with `-` and `_` alike; UserError for a user's mistake."""
+    """Arguments of `config_class`, with `-` and `_` alike; UserError for a user's mistake.
+
+    `theirs` are flags of other programs, with what they are here.
+    """
+    known = flags_of(config_class)
+    check_flags(argv, known, prog, theirs or {})
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -90,26 +112,29 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_parser_message(captured.getvalue())) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(_complaint(stop, captured.getvalue(), argv, config_class)) from None
     if unknown:
-        _refuse(unknown[0], argv, _flags(config_class), prog)
+        refuse(unknown[0], argv, known, prog, theirs or {})
     return config
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file; UserError with line and column."""
+@contextlib.contextmanager
+def _of_file(path: str | Path) -> Iterator[None]:
+    """Name the file in a UserError about what it holds."""
     try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{path}: no valid JSON at {where}: {error.msg}") from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path}: must hold a JSON object, as {{"key": value}}')
-    return content
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """The run that a config.json describes; UserError names the file and the key."""
+    values = read_json(path)
+    with _of_file(path):
+        config = RunConfig.load(values)
+        if config.preset:
+            load_preset(config.preset)
+    return config
 
 
 def writable(key: str, path: str | Path) -> Path:
@@ -126,6 +151,14 @@ def writable(key: str, path: str | Path) -> Path:
     return path
 
 
+class _HelpedRun(RunConfig):
+    """One pre-training run."""
+
+    preset: Annotated[str, shown_as("NAME", f"Start from one of: {', '.join(PRESETS)}.")] = ""
+    config: File = ""
+    """Start from a run's config.json instead of a preset; flags change what it says."""
+
+
 def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
     """The run that a pre-training command line asks for: preset or saved config, then flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -133,55 +166,56 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
     first.add_argument("--config")
     first.add_argument("--local_rank", "--local-rank", help="given by the deepspeed launcher")
     try:
-        start, rest = first.parse_known_args(_modern(argv))
+        start, rest = first.parse_known_args(modernize(argv))
     except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    helping = any(word in ("-h", "--help") for word in rest)
-    words = {word.split("=")[0].replace("_", "-") for word in rest}
+        raise UserError(f"{error.argument_name}: needs a value; give one after it") from None
+    given = given_flags(rest)
     if start.config and start.preset:
         raise UserError(
             f"config={start.config}: is a whole run and takes no preset={start.preset}; "
             "give one of the two"
         )
     if start.config:
-        saved = read_json(start.config)
-        default = RunConfig.load(saved)
-    elif start.preset or helping:
-        default = load_preset(start.preset or "quickstart")
+        default = load_run(start.config)
     else:
-        flags = _flags(RunConfig) | {"--config": False}
-        for word in rest:
-            if word.startswith("--") and word.split("=")[0].replace("_", "-") not in flags:
-                _refuse(word, rest, flags, prog)
+        default = load_preset(start.preset) if start.preset else RunConfig()
+    if "--help" in given or "-h" in rest:
+        values = dict(default) | {"config": start.config or ""}
+        parse(_HelpedRun, ["--help"], prog=prog, default=_HelpedRun(**values))
+    check_flags(rest, flags_of(_HelpedRun), prog, MAE_FLAGS)
+    if not (start.config or start.preset):
         raise UserError(f"preset: missing; give --preset with one of {', '.join(PRESETS)}")
-    if "--microbatches" in words and "--global-batch" not in words:
+    if "--steps" in given and "--epochs" in given:
+        raise UserError(
+            f"steps={given['--steps']}: is a length, as epochs={given['--epochs']} is; "
+            "give one of the two"
+        )
+    if "--microbatches" in given and "--global-batch" not in given:
         default = default.replace(global_batch=None)
-    if "--epochs" in words and "--steps" not in words:
+    if "--epochs" in given:
         default = default.replace(steps=None)
-    if "--taps" not in words and _taps_follow(default.model.method, rest, words):
+    if "--taps" not in given and _taps_follow(default.model.method, given):
         # A preset carries its taps filled in; they are spread again for another depth or method.
         rest = [*rest, "--taps", "even"]
-    config = parse(RunConfig, rest, prog=prog, default=default)
-    return config.replace(output=config.output or f"runs/{config.preset}")
+    try:
+        config = parse(RunConfig, rest, prog=prog, default=default, theirs=MAE_FLAGS)
+    except UserError as error:
+        key = re.match(r"\w+(?==)", str(error))
+        flag = f"--{key[0]}" if key else ""
+        if flag in MAE_FLAGS:  # one that both have, with other values
+            raise UserError(f"{error}; MAE's {flag} is {MAE_FLAGS[flag]} here") from None
+        if start.config and flag and normal(flag) not in given:
+            raise UserError(f"{start.config}: {error}") from None
+        raise
+    name = config.preset or Path(start.config or "run").stem
+    return config.replace(output=config.output or f"runs/{name}")
 
 
-def _taps_follow(method: str, rest: Sequence[str], words: set[str]) -> bool:
+def _taps_follow(method: str, given: Mapping[str, str]) -> bool:
     """Whether the preset's taps are not the user's any more."""
-    if "--method" in words:
+    if "--method" in given:
         return True
-    return bool(words & {"--depth", "--num-segments"}) and not METHODS[method].free_taps
-
-
-def _modern(argv: Sequence[str]) -> list[str]:
-    """Flags under their names of today: `--loss` is a target, `--hybrid RUN` a target's teacher."""
-    words: list[str] = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--") and flag in ALIASES:
-            words += [*ALIASES[flag], *([value] if equals else [])]
-        else:
-            words.append(word)
-    return words
+    return bool(given.keys() & {"--depth", "--num-segments"}) and not METHODS[method].free_taps
 
 
 def difference(config: RunConfig) -> list[str]:
@@ -196,22 +230,27 @@ def difference(config: RunConfig) -> list[str]:
 
 
 def is_main_process() -> bool:
-    """Whether this process prints: local rank 0 under a launcher."""
+    """Whether this process is_main for its machine: local rank 0 under a launcher.
+
+    Ask before processes are set up, which gives LOCAL_RANK the number of a GPU.
+    """
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a command; a UserError (exit code 2) or RunFailure (1) becomes one line on stderr."""
+    is_main = is_main_process()
     try:
         command()
     except (UserError, RunFailure) as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+        if is_main:
+            # A value may hold line breaks.
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        if is_main_process():
+        if is_main:
             print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,11 +6,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from deepmim_scale import __version__
 from deepmim_scale.arguments import parse, run_command
 from deepmim_scale.errors import UserError
 
 # words: (module, class of its arguments, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "presets": (
+        "plan.preset_table",
+        "PresetsArguments",
+        "run_presets",
+        "list what can be trained, with sizes and costs",
+    ),
     "plan": ("plan.commands", "PlanArguments", "plan", "predict every way to run on a cluster"),
     "schedule": (
         "plan.schedule_command",
@@ -50,25 +57,25 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_linear",
         "linear probe on your classes",
     ),
-    "analyse reconstruct": (
+    "analyze reconstruct": (
         "analysis.commands",
         "ReconstructArguments",
         "run_reconstruct",
         "draw what each decoder fills in",
     ),
-    "analyse losses": (
+    "analyze losses": (
         "analysis.commands",
         "LossesArguments",
         "run_losses",
         "draw each decoder's loss over a run",
     ),
-    "analyse attention": (
+    "analyze attention": (
         "analysis.commands",
         "AttentionArguments",
         "run_attention",
         "how far each head looks",
     ),
-    "analyse cka": (
+    "analyze cka": (
         "analysis.commands",
         "CkaArguments",
         "run_cka",
@@ -84,6 +91,10 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+# The British spelling of earlier releases.
+ALIASES = {"analyse": "analyze"}
+
+
 def _overview(group: str = "") -> str:
     lines = [
         f"  {words:22s}{command[3]}"
@@ -93,10 +104,16 @@ def _overview(group: str = "") -> str:
     if not group:
         lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
-    return "\n".join([usage, "", *lines, "", "Every command has --help."])
+    return "\n".join(
+        [usage, "", *lines, "", "Every command has --help; --version says which release this is."]
+    )
 
 
 def _dispatch(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "--version":
+        print(f"deepmim_scale {__version__}")
+        return
+    argv = [ALIASES.get(word, word) for word in argv[:1]] + list(argv[1:])
     groups = {words.split()[0] for words in COMMANDS if " " in words}
     group = argv[0] if argv and argv[0] in groups else ""
     rest = argv[1:] if group else argv

@@ -12,15 +12,19 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, field_validator, model_validator
 
+from deepmim_scale.errors import UserError
 from deepmim_scale.methods import METHODS, method_of
 from deepmim_scale.methods.base import require, require_divisible
 from deepmim_scale.objectives import ALIASES, find_objective, objective_of
 from deepmim_scale.settings import (
+    File,
+    Folder,
     FrozenConfig,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    shown_as,
 )
 
 NUM_EVEN_TAPS = 4
@@ -30,6 +34,7 @@ _TAPS_RULE = "must be even, even:N (N from 1) or numbers as 6,8,10,12"
 
 MAX_MICROBATCHES = 4096
 """Of a step; schedules of more take minutes to build and gain nothing."""
+MicrobatchCount = Annotated[int, Field(gt=0, le=MAX_MICROBATCHES)]
 Size = Annotated[int, Field(gt=0, le=65536)]
 """Pixels, widths and heads: beyond is a slip of the keyboard."""
 
@@ -43,7 +48,7 @@ def _taps_from_words(words: list[str]) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.replace(", ", ",").split(","))
     except ValueError:
-        raise ValueError(f"taps={text}: {_TAPS_RULE}") from None
+        raise UserError(f"taps={text}: {_TAPS_RULE}") from None
 
 
 FromStep = Annotated[str, tyro.conf.arg(name="from")]
@@ -66,7 +71,7 @@ class ModelConfig(FrozenConfig):
     """mae: one decoder at the end; deepmim: one after each tap; mirl: pairs of segments."""
     target: Annotated[str, tyro.conf.arg(metavar="pixel|clip|hybrid|hog|ema|timm:NAME")] = "pixel"
     """What decoders predict: pixels, features of a teacher, or HOG; `--loss` is an alias."""
-    teacher: str = ""
+    teacher: Annotated[str, shown_as("NAME|FILE|RUN")] = ""
     """clip: open_clip model, local-dir:FOLDER or weights; timm:NAME: weights; hybrid: a run."""
     norm_pix: bool = True
     """Normalize the pixels of each target patch (better features; off for better pictures)."""
@@ -98,7 +103,7 @@ class ModelConfig(FrozenConfig):
     """DeepMIM: numbers (from 1) of the blocks that feed a decoder, or `even` / `even:N`."""
     teacher_dim: Size = 512
     """Width of the teacher's features (targets clip and timm:NAME)."""
-    hybrid_alphas: tuple[float, ...] = ()
+    hybrid_alphas: Annotated[tuple[float, ...], shown_as("FLOAT ...")] = ()
     """Share of raw pixels in each tap's hybrid target (default: evenly from 0 to 1)."""
     masked_query: bool = True
     """Run the last decoder block for the masked tokens only: exact, fewer FLOPs."""
@@ -242,36 +247,36 @@ def even_alphas(num_taps: int) -> tuple[float, ...]:
 class RunConfig(FrozenConfig):
     """One pre-training run."""
 
-    preset: str = ""
+    preset: Annotated[str, shown_as("NAME")] = ""
     """The preset this run started from."""
     model: ModelConfig = ModelConfig()
-    teacher_weights: str = "openai"
+    teacher_weights: Annotated[str, shown_as("TAG|FILE")] = "openai"
     """Target clip: an open_clip tag (downloaded at the start), or a state-dict file."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Target ema: share of the teacher's weights that a step keeps."""
-    data: str = ""
+    data: Folder = ""
     """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it for validation), or DIR itself."""
-    cache: str = ""
+    cache: Folder = ""
     """Folder for listings of the data (default: beside the images)."""
-    output: str = ""
+    output: Folder = ""
     """Folder of the run (default runs/<preset>)."""
-    deepspeed_config: str = ""
+    deepspeed_config: File = ""
     """DeepSpeed JSON, e.g. ds_configs/a100_bf16.json (default: by what the machine has)."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 800.0
     """Length of the run and of the learning-rate schedule, epochs."""
-    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    steps: Annotated[Annotated[int, Field(gt=0, le=10**9)] | None, shown_as("INT")] = None
     """Length in optimizer steps; replaces epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, order, crops, flips and masks."""
     microbatch_size: Annotated[int, Field(gt=0, le=65536)] = 64
     """B, images per micro-batch and replica."""
-    microbatches: Annotated[int, Field(gt=0, le=MAX_MICROBATCHES)] | None = None
+    microbatches: Annotated[MicrobatchCount | None, shown_as("INT")] = None
     """M, micro-batches per step (= gradient_accumulation_steps)."""
-    global_batch: PositiveInt | None = 4096
+    global_batch: Annotated[PositiveInt | None, shown_as("INT")] = 4096
     """G = B * M * replicas, images per step; drives the learning rate."""
     blr: Annotated[float, Field(gt=0, le=1000)] = 1.5e-4
     """Base learning rate: lr = blr * global_batch / 256."""
-    warmup_epochs: NonNegativeFloat = 40.0
+    warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 40.0
     """Linear warm-up from 0, epochs; then a half-cosine to 0."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW weight decay; none for biases and other 1-D parameters."""
@@ -289,11 +294,11 @@ class RunConfig(FrozenConfig):
     """P, pipeline stages as ranks; the rest of the processes are replicas."""
     schedule: Annotated[str, tyro.conf.arg(metavar="gpipe|1f1b|dib|dib_w")] = "dib"
     """Order of work; dib runs decoders while a stage would wait, dib_w weight gradients too."""
-    schedule_file: str = ""
+    schedule_file: File = ""
     """A schedule as `deepmim-scale schedule --json` writes it, or made by hand."""
     placement: Literal["linear", "v"] = "linear"
     """v: rank r holds stages r and 2P - 1 - r, so that MIRL's pairs stay on one device."""
-    layout: str = ""
+    layout: Annotated[str, shown_as("STAGE|STAGE|...")] = ""
     """Stages as 6d|2d|2d|2d: blocks, and d for a decoder (default: the fastest cut)."""
     reschedule_after: NonNegativeInt = 0
     """Step after which the schedule is rebuilt from measured times; 0 keeps the predicted one."""
@@ -325,7 +330,7 @@ class RunConfig(FrozenConfig):
     """A file that cannot be decoded stops the run by name, or the next sample replaces it."""
     min_crop: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Smallest area of a random crop, as a share of the image."""
-    validate_every: NonNegativeFloat = 1.0
+    validate_every: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Epochs between validation losses (needs DIR/val); 0 never."""
     save_every: NonNegativeInt = 1000
     """Steps between checkpoints, and one after the last step; 0 never."""
@@ -352,9 +357,10 @@ class RunConfig(FrozenConfig):
         values = dict(values)
         teacher, hybrid = values.pop("teacher", ""), values.pop("hybrid", "")
         model = values.get("model", {})
-        given = dict(model)
+        if not isinstance(model, dict | ModelConfig):
+            return values | {"model": model}  # pydantic says what it must be
         changes = {"target": "hybrid", "teacher": hybrid} if hybrid else {"teacher": teacher}
-        return values | {"model": given | changes}
+        return values | {"model": dict(model) | changes}
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -7,14 +7,13 @@ here, before any process group starts. Only keys that act on this toolkit's engi
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.arguments import read_json
-from deepmim_scale.config import RunConfig
+from deepmim_scale.config import MAX_MICROBATCHES, RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.precision import Precision
 from deepmim_scale.settings import pluralize
 
@@ -106,6 +105,12 @@ def resolve_batch(config: RunConfig, num_replicas: int) -> BatchSizes:
             f"microbatches={given}: global_batch={config.global_batch} needs {microbatches} "
             f"(microbatch_size {size}, {num_replicas} replicas); leave one of the two out"
         )
+    if microbatches > MAX_MICROBATCHES:
+        raise UserError(
+            f"global_batch={config.global_batch}: needs {microbatches} micro-batches of "
+            f"microbatch_size={size} on {pluralize(num_replicas, 'replica')}, at most "
+            f"{MAX_MICROBATCHES} are built; raise --microbatch-size or lower --global-batch"
+        )
     return BatchSizes(size, microbatches, num_replicas)
 
 
@@ -143,8 +148,8 @@ def _check(path: str, content: dict[str, Any], schema: dict[str, Any], prefix: s
         ):
             wanted = "a number" if kind is _NUMBER else f"of type {kind.__name__}"
             raise UserError(f'{path}: {name}={value!r}: must be {wanted} or "auto"')
-        elif key in _POSITIVE and value != "auto" and not 1 <= value < math.inf:
-            raise UserError(f"{path}: {name}={value}: must be at least 1 and finite")
+        elif key in _POSITIVE and value != "auto" and value < 1:
+            raise UserError(f"{path}: {name}={value}: must be at least 1")
         elif key == "communication_data_type" and value not in (*_DTYPES, "auto"):
             raise UserError(f"{path}: {name}={value!r}: must be one of {', '.join(_DTYPES)}")
 

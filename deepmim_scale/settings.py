@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Self
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
@@ -14,6 +15,19 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _default_hint(default: str) -> str:
+    return "" if default in ("", "''", "None") else f"(default: {default})"
+
+
+def shown_as(metavar: str, text: str | None = None) -> Any:
+    """How a flag stands in the help; a default of nothing is left to its text."""
+    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=_default_hint)
+
+
+Folder = Annotated[str, shown_as("DIR")]
+File = Annotated[str, shown_as("FILE")]
 
 _TYPE_RULES = {
     "finite_number": "must be finite",
@@ -36,7 +50,8 @@ class FrozenConfig(BaseModel):
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
 
-    def __init__(self, **values: Any) -> None:
+    # Positional-only, since a file may hold the key "self".
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -55,8 +70,11 @@ class FrozenConfig(BaseModel):
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: Any) -> Any:
         # pydantic takes true for 1, which in a file is a slip.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"{info.field_name}={str(value).lower()}: must not be true or false")
+        if cls.model_fields[info.field_name].annotation is not bool:
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, bool):
+                    rule = "must not be true or false"
+                    raise ValueError(f"{info.field_name}={_show(value)}: {rule}")
         return value
 
 
@@ -64,16 +82,25 @@ def _describe(config_class: type[FrozenConfig], error: ErrorDetails) -> str:
     """`key=value: rule` of pydantic's first finding."""
     if error["type"] == "value_error":  # our own checks say key and value themselves
         return error["msg"].removeprefix("Value error, ")
-    key = str(error["loc"][-1]) if error["loc"] else "configuration"
+    # An element of a list has an index behind its key; an object in it has a config of its own.
+    key = str(error["loc"][0]) if error["loc"] else "settings"
+    if error["type"] == "missing":
+        return f"{key}: missing; give a value"
     shown = _show(error["input"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, config_class.model_fields, n=1)
-        return f"{key}={shown}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        remedy = f"did you mean {near[0]}?" if near else "leave it out"
+        return f"{key}={shown}: unknown key; {remedy}"
     return f"{key}={shown}: {_rule(config_class, error)}"
 
 
 def _show(value: Any, most: int = 60) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
+    """A value as it would be typed, in one line."""
+    if isinstance(value, bool) or value is None:
+        text = {True: "true", False: "false", None: "null"}[value]
+    else:
+        # A word needs no quotes; an empty one or one with spaces does.
+        text = repr(value) if isinstance(value, str) and value.split() != [value] else str(value)
     return text if len(text) <= most else text[:most] + "..."
 
 
@@ -86,7 +113,7 @@ def _rule(config_class: type[FrozenConfig], error: ErrorDetails) -> str:
         if kind.startswith(prefix):
             return rule
     if kind == "literal_error":
-        return f"must be one of {context['expected'].replace(' or ', ', ')}"
+        return f"must be one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
     return f"{error['msg'][0].lower()}{error['msg'][1:]}"
 
 
@@ -109,9 +136,11 @@ def _bounds(metadata: list[Any], kind: str, bound: float) -> str:
 
 
 def _number(value: float) -> str:
-    """2**31 is easier to read than its digits."""
+    """2**31 and 1e6 are easier to read than their digits."""
     exponent = int(value).bit_length() - 1
-    return f"2**{exponent}" if exponent > 20 and value == 2**exponent else f"{value:g}"
+    if exponent > 20 and value == 2**exponent:
+        return f"2**{exponent}"
+    return f"{value:g}".replace("e+0", "e").replace("e+", "e")
 
 
 def pluralize(number: int, noun: str, plural: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Command line of the pictures: `deepmim-scale analyse reconstruct|losses|attention|cka RUN`."""
+"""Command line of the pictures: `deepmim-scale analyze reconstruct|losses|attention|cka RUN`."""
 
 from __future__ import annotations
 

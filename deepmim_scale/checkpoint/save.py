@@ -53,7 +53,8 @@ def save_checkpoint(
 
     try:
         _together(run, lambda: files.begin_checkpoint(final) if is_main else None)
-        # From those who wrote: a network's file system may show rank 0 their files later.
+        # Digests come from the ranks that wrote: on a network's file system rank 0 may not see the
+        # files yet.
         everyone = _together(run, write_files)
         whole = dict(sorted(entry for part in everyone for entry in part.items()))
         update = {"loss_scaler": zero.scaler_state(engine), "sha256": whole}

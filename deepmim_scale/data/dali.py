@@ -53,7 +53,7 @@ def stream(
         data = [UNREADABLE if isinstance(file, str) else file for file in files]
         return data, corners, shapes, request.flips.astype(np.int32)[:, None]
 
-    @dali.pipeline_def(
+    @dali.pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=max_batch,
         num_threads=threads,
         device_id=(device.index or 0) if device and on_gpu else None,

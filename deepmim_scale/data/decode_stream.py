@@ -53,6 +53,7 @@ class DecodeStream:
         self._stream = backend(self._requests_from(0))
 
     def __call__(self) -> tuple[np.ndarray, torch.Tensor]:
+        """The next job's ids int64 [B] and images uint8 [B, 3, S, S]."""
         try:
             request, images = next(self._stream)
             ids = request.ids

@@ -1,0 +1,1 @@
+"""Frozen features, and probes of how good they are."""

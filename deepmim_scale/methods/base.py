@@ -51,6 +51,8 @@ class Method(Protocol):
     """A way to pre-train; see `mae.py` for the smallest one."""
 
     name: str
+    source: str
+    """Repository of the official code, whose recipe the presets follow."""
     paired: bool
     """A loss sums the predictions of two decoders, which may lie on different stages."""
     carries: bool

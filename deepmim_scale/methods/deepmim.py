@@ -24,6 +24,7 @@ class DeepMim:
     """Deep supervision: every decoder is MAE's, their losses are summed."""
 
     name = "deepmim"
+    source = "OliverRensu/DeepMIM"
     paired = carries = False
     local_gradients = free_taps = True
     combinations: tuple[Combination, ...] = (Combination("linear", any_cut),)

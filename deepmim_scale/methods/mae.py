@@ -23,6 +23,7 @@ class Mae:
     """Masked autoencoder."""
 
     name = "mae"
+    source = "facebookresearch/mae"
     paired = carries = local_gradients = free_taps = False
     combinations: tuple[Combination, ...] = (Combination("linear", any_cut),)
 

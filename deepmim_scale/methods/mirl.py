@@ -34,6 +34,7 @@ class Mirl:
     """Masked image residual learning: a shallow segment predicts what its deep partner leaves."""
 
     name = "mirl"
+    source = "russellllaputa/MIRL"
     paired = carries = True
     local_gradients = free_taps = False
     combinations: tuple[Combination, ...] = (

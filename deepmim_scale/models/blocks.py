@@ -7,6 +7,7 @@ Source: facebookresearch/mae models_mae.py and util/pos_embed.py; CrossBlock: ru
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """x [B, M, D] and memory [B, N, D] -> [B, M, D]."""
         k, v = self.kv(memory).chunk(2, dim=-1)
         q, k, v = (_heads(t, self.num_heads) for t in (self.q(x), k, v))
         return self.proj(_attend(q, k, v))
@@ -118,7 +120,7 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm4(x))
 
 
-def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile every encoder and decoder block by itself; equal shapes share one graph."""
     for block in module.modules():
         if isinstance(block, Block | CrossBlock):
@@ -134,7 +136,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter.is_meta:
             continue
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        # torch's generator reads 32 bits of its seed, so both must be mixed into these.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         if name.endswith(("cls_token", "mask_token")):
             parameter.normal_(std=0.02, generator=generator)
         elif name.endswith("bias"):

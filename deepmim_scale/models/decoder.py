@@ -102,6 +102,7 @@ class Carry(nn.Module):
         self.embed = nn.Linear(config.embed_dim, config.decoder_embed_dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden state [B, K+1, D] -> [B, K+1, d]."""
         return self.embed(self.norm(hidden))
 
 

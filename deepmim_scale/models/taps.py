@@ -40,7 +40,7 @@ class _Tap(Function):
         return feature.view_as(feature)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor, None]:
         return _add(grad, ctx.leaf.take_grad()), None
 
 
@@ -51,7 +51,7 @@ class _Fork(Function):
         return feature.view_as(feature), feature.view_as(feature)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor:
         downstream, local = grads
         assert local is not None, "every decoder's loss must be part of the backward pass"
         return _add(downstream, local)
@@ -64,7 +64,7 @@ class _GradientRoot(Function):
         return torch.zeros((), dtype=torch.float32, device=state[0].device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (None, *ctx.grads)
 
 

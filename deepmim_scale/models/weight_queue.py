@@ -6,7 +6,8 @@ weight can run at any time before the optimizer does. Legend: N rows, I inputs, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,26 +29,28 @@ class WeightQueue:
         self.pending = []
 
 
-# The queue that backward passes now use; None: weight gradients are computed at once.
-_current: list[WeightQueue | None] = [None]
+class _Deferral:
+    """Where weight gradients go now; None: they are computed at once.
+
+    Autograd runs backward passes on threads of its own, which a context variable would not reach.
+    """
+
+    queue: WeightQueue | None = None
 
 
-class defer_weight_gradients:
-    """Context: backward passes inside put weight gradients of Linear layers into `queue`."""
-
-    def __init__(self, queue: WeightQueue | None) -> None:
-        self.queue = queue
-
-    def __enter__(self) -> None:
-        self.before, _current[0] = _current[0], self.queue
-
-    def __exit__(self, *_: Any) -> None:
-        _current[0] = self.before
+@contextlib.contextmanager
+def defer_weight_gradients(queue: WeightQueue | None) -> Iterator[None]:
+    """Backward passes inside put weight gradients of Linear layers into `queue`."""
+    before, _Deferral.queue = _Deferral.queue, queue
+    try:
+        yield
+    finally:
+        _Deferral.queue = before
 
 
 class _QueuedLinear(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, owner: nn.Linear, rows: slice
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -55,7 +58,7 @@ class _QueuedLinear(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         owner, rows = ctx.owner, ctx.rows
         flat = grad.flatten(0, -2)
@@ -65,7 +68,7 @@ class _QueuedLinear(Function):
                 _add_rows(owner.weight, rows, flat.t().mm(x.flatten(0, -2)))
                 _add_rows(owner.bias, rows, flat.sum(0))
 
-        queue = _current[0]
+        queue = _Deferral.queue
         assert queue is not None, "a split backward pass needs a queue"
         queue.pending.append(accumulate)
         return flat.mm(weight).view(x.shape), None, None, None, None
@@ -78,7 +81,8 @@ def _add_rows(parameter: nn.Parameter, rows: slice, gradient: Tensor) -> None:
         parameter.grad = gradient if whole else torch.zeros_like(parameter)
         if whole:
             return
-    parameter.grad[rows] += gradient
+    # Not `+=`, which would copy the slice onto itself after adding to it.
+    parameter.grad[rows].add_(gradient)
 
 
 def linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -87,7 +91,7 @@ def linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
     Inside `defer_weight_gradients` the weight gradient is queued.
     """
     weight, bias = layer.weight[rows], layer.bias[rows]
-    if _current[0] is None:
+    if _Deferral.queue is None:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deepmim_scale.errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -118,6 +120,20 @@ class ObjectiveSpec:
 def missing_teacher(target: str, shape: str) -> ValueError:
     """For a model that is called without what its targets are made of."""
     return ValueError(f"target={target}: needs {shape} from its teacher; pass teacher=")
+
+
+def one_line(error: Exception) -> str:
+    """What another library has to say, for a message of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:280]
+
+
+def check_width(model: ModelConfig, teacher: str, width: int) -> None:
+    """UserError unless the model predicts features as wide as the teacher's."""
+    if width != model.teacher_dim:
+        raise UserError(
+            f"teacher_dim={model.teacher_dim}: the features of {teacher} are {width} wide; "
+            f"use --teacher-dim {width}"
+        )
 
 
 def build_cosine(model: ModelConfig, teacher: Any) -> Objective:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.objectives.clip import LOCAL
+from deepmim_scale.objectives.base import one_line
+from deepmim_scale.objectives.clip import LOCAL, check_fit
 from deepmim_scale.objectives.features import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_teacher(
         with _quiet():
             visual = open_clip.create_model(name, load_weights=False, pretrained_text=False).visual
     except Exception as error:  # open_clip builds many kinds of models and fails in many ways
-        raise UserError(f"teacher={name}: cannot be built ({_line(error)})") from None
+        raise UserError(f"teacher={name}: cannot be built ({one_line(error)})") from None
     _check(visual, name, config)
     tag = {} if Path(weights).is_file() else open_clip.get_pretrained_cfg(name, weights)
     if tag.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
@@ -68,7 +69,7 @@ def load_teacher(
         )
     except Exception as error:  # nor is there an end to what downloads and files can raise
         raise UserError(
-            f"teacher_weights={weights}: cannot be loaded ({_line(error)}); "
+            f"teacher_weights={weights}: cannot be loaded ({one_line(error)}); "
             f"give a local file with the state dict of {name}"
         ) from None
     mean, std = tag.get("mean", visual.image_mean), tag.get("std", visual.image_std)
@@ -82,19 +83,7 @@ def _check(visual: Any, name: str, config: ModelConfig) -> None:
             f"teacher={name}: must be a vision transformer with a class token; "
             "use ViT-B-16-quickgelu"
         )
-    size, patch = visual.image_size[0], visual.patch_size[0]
-    if (size, patch) != (config.img_size, config.patch_size):
-        theirs, ours = (size // patch) ** 2 + 1, config.num_patches + 1
-        raise UserError(
-            f"teacher={name}: {theirs} tokens from image size {size} and patch size {patch}, the "
-            f"model has {ours} from img_size={config.img_size} and patch_size={config.patch_size}; "
-            f"choose another teacher or --img-size {size} --patch-size {patch}"
-        )
-    if visual.output_dim != config.teacher_dim:
-        raise UserError(
-            f"teacher_dim={config.teacher_dim}: the features of teacher={name} are "
-            f"{visual.output_dim} wide; use --teacher-dim {visual.output_dim}"
-        )
+    check_fit(name, visual.image_size[0], visual.patch_size[0], visual.output_dim, config)
 
 
 @contextlib.contextmanager
@@ -106,7 +95,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:240]

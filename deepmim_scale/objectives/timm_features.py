@@ -1,16 +1,18 @@
 """Target `timm:NAME`: token features of any frozen timm vision transformer, by cosine.
 
 The weights come from a local file (`--teacher FILE`), so clusters without internet can use it.
-Legend: B images, L patches, P width of a feature.
+The network is made for the run's image size; its patch size and the file's must be the run's.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.objectives.base import Networks, ObjectiveSpec, TeacherSize, build_cosine
+from deepmim_scale.objectives import base
+from deepmim_scale.objectives.base import Networks, ObjectiveSpec, TeacherSize
 
 if TYPE_CHECKING:
     from deepmim_scale.config import ModelConfig, RunConfig
@@ -21,32 +23,29 @@ def _create(model: ModelConfig, device: str) -> Any:
     import timm
     import torch
 
-    name = model.target.partition(":")[2]
-    if not timm.is_model(name):
-        raise UserError(f"target={model.target}: timm has no such model; see timm.list_models()")
-    with torch.device(device):
-        teacher = timm.create_model(name, num_classes=0)
-    grid = (model.grid_size, model.grid_size)
-    found = getattr(getattr(teacher, "patch_embed", None), "grid_size", None)
-    if found != grid or not hasattr(teacher, "num_prefix_tokens"):
-        raise UserError(
-            f"target={model.target}: must be a vision transformer with {grid} patches, has {found};"
-            " choose another one, or another --img-size or --patch-size"
-        )
-    return teacher
+    name, side = model.target.partition(":")[2], model.patch_size
+    try:
+        with torch.device(device):
+            teacher: Any = timm.create_model(name, num_classes=0, img_size=model.img_size)
+        if teacher.num_prefix_tokens >= 0 and teacher.patch_embed.patch_size == (side, side):
+            return teacher
+        reason = f"its patch size is {teacher.patch_embed.patch_size}"
+    except Exception as error:  # timm refuses names, tags and image sizes in many ways
+        reason = base.one_line(error)
+    rule = f"must be a timm vision transformer for img_size={model.img_size}, patch_size={side}"
+    raise UserError(f"target={model.target}: {rule} ({reason}); see timm.list_models()")
 
 
+@cache  # the planner asks for every cut
 def _size(model: ModelConfig) -> TeacherSize:
-    teacher = _create(model, "meta")
-    return TeacherSize(len(teacher.blocks), teacher.embed_dim, teacher.pos_embed.shape[1])
+    vit = _create(model, "meta")
+    return TeacherSize(len(vit.blocks), vit.embed_dim, vit.num_prefix_tokens + model.num_patches)
 
 
 def _check_run(config: RunConfig, networks: Networks) -> None:
     if not Path(config.model.teacher).is_file():
-        raise UserError(
-            f"teacher={config.model.teacher}: target {config.model.target} needs a file with that "
-            "model's weights; give --teacher FILE"
-        )
+        rule = f"target {config.model.target} needs that model's weights; give --teacher FILE"
+        raise UserError(f"teacher={config.model.teacher}: {rule}")
 
 
 def _load(config: RunConfig, networks: Networks) -> Any:
@@ -55,15 +54,15 @@ def _load(config: RunConfig, networks: Networks) -> Any:
     from deepmim_scale.objectives.features import FrozenTeacher
 
     model, file, teacher = config.model, config.model.teacher, _create(config.model, "cpu")
-    if teacher.num_features != model.teacher_dim:
-        width = teacher.num_features
-        raise UserError(f"teacher_dim={model.teacher_dim}: must be {width} for {model.target}")
+    base.check_width(model, model.target, teacher.num_features)
     try:
         state = load_state_dict(file, use_ema=False, weights_only=True)
-        teacher.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
+        teacher.load_state_dict({k: v for k, v in state.items() if not k.startswith("head")})
     except Exception as error:  # files can be wrong in many ways
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"teacher={file}: no weights of {model.target} ({reason})") from None
+        rule = (
+            f"no weights of {model.target} for img_size={model.img_size} ({base.one_line(error)})"
+        )
+        raise UserError(f"teacher={file}: {rule}; save that model's state dict") from None
     mean, std = (teacher.pretrained_cfg[key] for key in ("mean", "std"))
     return FrozenTeacher(teacher, teacher.forward_features, mean, std, teacher.num_prefix_tokens)
 
@@ -71,7 +70,7 @@ def _load(config: RunConfig, networks: Networks) -> Any:
 SPEC = ObjectiveSpec(
     "timm",
     lambda model: model.teacher_dim,
-    build_cosine,
+    base.build_cosine,
     load_teacher=_load,
     check_run=_check_run,
     teacher_size=_size,

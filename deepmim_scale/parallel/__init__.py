@@ -1,0 +1,1 @@
+"""Stages of a pipeline in real processes: messages, execution, DeepSpeed's engine."""

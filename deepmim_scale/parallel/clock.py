@@ -18,6 +18,7 @@ class Clock:
         """This moment in the device's order of work."""
         if not self._on_gpu:
             return time.perf_counter()
+        # The host runs ahead of the GPU: only the device knows when it gets here.
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

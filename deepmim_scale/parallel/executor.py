@@ -40,6 +40,7 @@ class Executor:
         self._device = next(stages.parameters()).device
         self._clock = Clock(self._device)
         self._marks: list[tuple[Instruction, Any, Any]] = []
+        # Until the first step a failure is told as one of the flush, which comes between steps.
         self._current = self._instructions[-1]
 
     @property
@@ -78,6 +79,7 @@ class Executor:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """This rank's losses of one batch, without gradients; every rank must call it."""
+        # The first micro-batch's forward half of the training schedule: one truth for the order.
         steps = [
             step
             for step in self._instructions
@@ -98,6 +100,7 @@ class Executor:
         with zero.autocast(self._parts.precision, self._device):
             for instruction in instructions:
                 self._current = instruction
+                # Marks cost microseconds and make every step's idle share and times known.
                 began = self._clock.mark()
                 step.execute(instruction)
                 self._marks.append((instruction, began, self._clock.mark()))

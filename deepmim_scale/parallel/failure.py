@@ -42,6 +42,7 @@ def leave(error: Exception, executor: Executor | None) -> NoReturn:
     sys.stdout.flush()
     if not is_of_peers(error):
         traceback.print_exception(error)
+    # The innermost function of ours says more than torch's frames below it.
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
     function = f"{Path(ours[-1].filename).stem}.{ours[-1].name}" if ours else "?"
@@ -52,4 +53,5 @@ def leave(error: Exception, executor: Executor | None) -> NoReturn:
         reason = f"{type(error).__name__}: {reason}"
     rank = os.environ.get("RANK", "0")
     print(f"error: rank {rank}, {where}, in {function}: {reason}", file=sys.stderr, flush=True)
+    # Not sys.exit: threads and process groups that wait for a lost peer would hold it up.
     os._exit(1)

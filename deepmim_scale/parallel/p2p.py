@@ -1,7 +1,7 @@
 """Messages between the stages of one replica, each wait with a time-out.
 
 Every payload has a channel of its own from one rank to another, on which its messages follow one
-another in micro-batch order at both ends (plan/schedule.py), so they need no tags.
+another in micro-batch order at both ends (pipeline/ir.py), so they need no tags.
 """
 
 from __future__ import annotations

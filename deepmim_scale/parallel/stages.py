@@ -41,6 +41,7 @@ class RankStages(nn.Module):
     def __init__(self, config: ModelConfig, stages: dict[int, Stage]) -> None:
         super().__init__()
         self.config = config
+        # Module names cannot be numbers.
         self.stages = nn.ModuleDict({str(number): stage for number, stage in stages.items()})
 
     def __getitem__(self, number: int) -> Stage:
@@ -51,6 +52,7 @@ class RankStages(nn.Module):
 
 def global_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names they have in the whole model, whichever rank holds them."""
+    # Blocks and decoders carry global numbers already; only the stage's own prefix is local.
     named = module.named_parameters()
     return {re.sub(r"^stages\.\d+\.", "", name): parameter for name, parameter in named}
 

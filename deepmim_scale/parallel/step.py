@@ -104,6 +104,7 @@ class Step:
             "encoder_weight_gradient": lambda step: self._at(step).encoder_queue.run(),
             "send": self._send,
             "receive": self._receive,
+            # What was sent must have left before the next step frees its tensors.
             "flush": lambda step: parts.channels.finish(),
         }
 
@@ -230,6 +231,7 @@ class Step:
         self._targets.pop(step.microbatch, None)
 
     def _send(self, step: Instruction) -> None:
+        # Popped: the channel keeps the tensor as long as the transfer needs it.
         self._parts.channels.send(step, self._mail.pop(step.message))
 
     def _receive(self, step: Instruction) -> None:

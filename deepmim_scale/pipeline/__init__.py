@@ -1,0 +1,1 @@
+"""Schedules as data: built, checked, simulated, drawn, read and written. No torch."""

@@ -146,20 +146,25 @@ def _search(
 def _fastest(
     found: list[tuple[BuiltSchedule, Candidate]], memory_limit: int | None
 ) -> tuple[BuiltSchedule, Candidate]:
+    # A limit that no candidate keeps is raised to the least that one needs.
     least = min(max(built.peaks) for built, _ in found)
     limit = math.inf if memory_limit is None else max(memory_limit, least)
     allowed = [entry for entry in found if max(entry[0].peaks) <= limit]
     fastest = min(built.timeline.makespan for built, _ in allowed)
+    # Equally fast ones differ in memory by tens of percent: take the smallest of them.
     near = [entry for entry in allowed if entry[0].timeline.makespan <= fastest * TOLERANCE]
     return min(near, key=lambda entry: (max(entry[0].peaks), entry[0].timeline.makespan))
 
 
 def _bubble_candidates(pipeline: Pipeline, split: bool, quick: bool) -> Iterator[Candidate]:
     stages = pipeline.num_stages
+    # A paired decoder cannot run backward before its partner: fusing both would deadlock.
     fused = (False,) if pipeline.paired else (True, False)
+    # 1F1B's falling number, as many as there are stages everywhere, and one less.
     in_flights = dict.fromkeys(
         [_falling(pipeline), *((most,) * stages for most in (stages, max(stages - 1, 1)))]
     )
+    # Each forward that waits for its backward keeps a decoder's activations alive.
     open_decoders = (1, 2, stages) if pipeline.paired else (1, 3) if split else (1,)
     patiences = (0.0,) if quick else (0.0, 1.0)
     priorities = PRIORITIES[:2] if quick else PRIORITIES
@@ -191,6 +196,7 @@ def _gpipe(pipeline: Pipeline, rank: int, num_microbatches: int) -> Iterator[Ins
 def _one_forward_one_backward(
     pipeline: Pipeline, stage: int, num_microbatches: int
 ) -> Iterator[Instruction]:
+    # Stage s is ahead by the forwards that the stages below have yet to make.
     warmup = min(pipeline.num_stages - 1 - stage, num_microbatches)
     for microbatch in range(num_microbatches + warmup):
         if microbatch < num_microbatches:
@@ -204,6 +210,7 @@ def _zb_h1(pipeline: Pipeline, stage: int, num_microbatches: int) -> Iterator[In
     weights = 0
     for step in _one_forward_one_backward(pipeline, stage, num_microbatches):
         yield step
+        # Stage s lags by s weight gradients, which fill its wait at the end of the step.
         if step.kind == "encoder_backward" and step.microbatch >= stage:
             yield from _steps(pipeline, stage, weights, WEIGHT_KINDS)
             weights += 1

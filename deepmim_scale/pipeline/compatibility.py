@@ -21,6 +21,7 @@ def combinations(model: ModelConfig) -> Iterator[tuple[Placement, int, ScheduleS
     for combination in method_of(model).combinations:
         for stages in combination.num_stages(model):
             for spec in SCHEDULES.values():
+                # A teacher that follows the whole encoder has no part of it on each stage.
                 if _orders(spec, model) and (stages == 1 or not objective_of(model).whole_model):
                     yield combination.placement, stages, spec
 
@@ -66,6 +67,7 @@ def best_placement(model: ModelConfig, num_stages: int) -> Placement:
 def check_placement(model: ModelConfig, num_stages: int, placement: str) -> None:
     """UserError unless the model can be cut into so many stages with this placement."""
     method = method_of(model)
+    # Coarse to fine, so that the message names the first choice that must change.
     placements = {c.placement: c for c in method.combinations}
     if placement not in placements:
         raise _undefined(model, "placement", placement, list(placements))

@@ -39,6 +39,7 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
     axes = figure.add_subplot()
     unit = 1e3  # milliseconds
     width = timeline.makespan * unit
+    # The legend names what is in the picture, not all that could be.
     drawn: set[Kind] = set()
     hatched = False
     for event in timeline.events:
@@ -73,7 +74,7 @@ def draw_gantt(timeline: Timeline, path: str | Path, title: str) -> None:
         [f"rank {rank}\nidle {idle:.1%}" for rank, idle in enumerate(timeline.idle)],
         fontsize=8,
     )
-    axes.set_ylim(num_ranks - 0.5, -0.5)
+    axes.set_ylim(num_ranks - 0.5, -0.5)  # rank 0 on top, as papers draw it
     axes.set_xlim(0, width)
     axes.set_xlabel("ms")
     axes.set_title(title, fontsize=10, loc="left")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from deepmim_scale.config import MAX_MICROBATCHES
 from deepmim_scale.errors import UserError
 from deepmim_scale.pipeline.ir import Instruction, Kind, Payload, Pipeline, Schedule, Style
 
@@ -47,13 +48,17 @@ def schedule_from_json(path: str, content: dict[str, Any], pipeline: Pipeline) -
     """
     version = _take(path, content, "format", int)
     if not 1 <= version <= FORMAT:
-        raise UserError(f"{path}: format={version}: this release reads 1 to {FORMAT}; update it")
+        raise UserError(
+            f"{path}: format={version}: this release reads formats 1 to {FORMAT}; "
+            "use the release that wrote it"
+        )
     style = _take(path, content, "style", dict)
     unknown = style.keys() - vars(Style()).keys()
     if unknown or not all(isinstance(value, bool) for value in style.values()):
         known = ", ".join(vars(Style()))
         raise UserError(f"{path}: style={style}: must hold true or false for {known}")
     ranks = _take(path, content, "ranks", list)
+    # The pipeline follows from placement and layout, so this finds a file put together wrongly.
     if len(ranks) != pipeline.num_ranks:
         raise UserError(
             f"{path}: has {len(ranks)} ranks, this pipeline {pipeline.num_ranks}; "
@@ -70,6 +75,8 @@ def schedule_from_json(path: str, content: dict[str, Any], pipeline: Pipeline) -
         lists.append(tuple(_instruction(where, i, step) for i, step in enumerate(steps)))
     name = _take(path, content, "schedule", str)
     microbatches = _take(path, content, "microbatches", int)
+    if not 1 <= microbatches <= MAX_MICROBATCHES:
+        raise UserError(f"{path}: microbatches={microbatches}: must be 1 to {MAX_MICROBATCHES}")
     return Schedule(name, pipeline, microbatches, Style(**style), tuple(lists))
 
 
@@ -89,10 +96,14 @@ def _instruction(where: str, number: int, step: Any) -> Instruction:
         )
     kind, payload = step.get("kind"), step.get("payload")
     if kind not in _KINDS:
-        raise UserError(f"{where}: kind={kind!r}: unknown; use one of {', '.join(_KINDS)}")
+        raise UserError(f"{where}: kind={kind!r:.40}: unknown; use one of {', '.join(_KINDS)}")
+    # Only messages have two ends; a computation with a peer is a slip of the hand.
     is_message = kind in ("send", "receive")
-    if (payload in _PAYLOADS) != is_message or (step.get("peer") is None) == is_message:
+    if (payload is None, step.get("peer") is None) != (not is_message, not is_message):
         raise UserError(f"{where}: send and receive, and only these, have a payload and a peer")
+    if is_message and payload not in _PAYLOADS:
+        known = ", ".join(_PAYLOADS)
+        raise UserError(f"{where}: payload={payload!r:.40}: unknown; use one of {known}")
     numbers = [step.get("stage"), step.get("microbatch"), *([step["peer"]] if is_message else [])]
     if not all(type(value) is int for value in numbers):
         raise UserError(f"{where}: stage, microbatch and peer must be whole numbers")

@@ -115,6 +115,7 @@ class Pipeline:
 
     def rank_of(self, stage: int) -> int:
         """Rank that holds a stage."""
+        # The second half of the stages comes back over the same ranks.
         if self.placement == "v" and stage >= self.num_ranks:
             return self.num_stages - 1 - stage
         return stage
@@ -181,6 +182,7 @@ def dependencies(
 
     loss: Kind = "decoder" if style.fused_decoders else "decoder_backward"
     if step.kind == "forward":
+        # As one module a stage hands on nothing before its decoders have run.
         if stage > 0:
             leaves = style.colocated and pipeline.decoders[stage - 1]
             yield at("decoder_forward" if leaves else "forward", stage - 1), "activation"
@@ -188,6 +190,7 @@ def dependencies(
         yield at("forward"), None
     elif step.kind == "decoder_backward":
         yield at("decoder_forward"), None
+        # The deeper stage of a pair evaluates the loss, and sends the shallower one its gradient.
         partner = pipeline.partner(stage)
         if pipeline.paired and partner < stage:
             yield at("decoder_forward", partner), "prediction"
@@ -199,6 +202,8 @@ def dependencies(
         yield at(loss), None
     elif step.kind == "encoder_weight_gradient":
         yield at("encoder_backward"), None
+    # The first backward of a stage waits for the stage below; with co-located decoders in the
+    # encoder's graph that is theirs.
     if step.kind == first_backward and below:
         yield at("encoder_backward", stage + 1), "gradient"
 
@@ -211,6 +216,7 @@ def insert_messages(
     style: Style,
 ) -> Schedule:
     """Put receives before, and sends after, the steps of each rank, and a flush at the end."""
+    # Both ends of a message come from one look at the dependencies, so they always match.
     incoming: dict[Instruction, list[Instruction]] = {}
     outgoing: dict[Instruction, list[Instruction]] = {}
     for step in (step for order in orders for step in order):
@@ -227,6 +233,7 @@ def insert_messages(
     for rank, order in enumerate(orders):
         instructions: list[Instruction] = []
         for step in order:
+            # A tensor leaves as soon as it is made and is awaited as late as possible.
             instructions += [*incoming.get(step, []), step, *outgoing.get(step, [])]
         flush = Instruction("flush", pipeline.stages_of(rank)[0], -1)
         ranks.append((*instructions, flush))

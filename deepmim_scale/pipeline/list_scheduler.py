@@ -45,6 +45,7 @@ def list_order(
     Each stage takes the micro-batches of a kind in their order, so sums of gradients do not depend
     on the policy. Ties go to the older micro-batch, then to the deeper stage.
     """
+    # A small number is urgent.
     urgency = {kind: index for index, kind in enumerate(policy.priority)}
     queues: list[list[Work]] = [
         [
@@ -61,6 +62,7 @@ def list_order(
         step = Instruction(kind, stage, 0)
         needed = list(dependencies(pipeline, step, style))
         sources[kind, stage] = [(source.kind, source.stage) for source, _ in needed]
+        # A receive blocks its rank, so its transfer counts as a part of the work.
         durations[kind, stage] = times.of(step) + sum(
             times.transfer.get((payload, source.stage), 0.0)
             for source, payload in needed
@@ -76,15 +78,18 @@ def list_order(
         """(ready time, urgency, work) of what may run next, ready or soon to be."""
         found = []
         for work in queues[rank]:
+            # Micro-batches come in order, so the next one is the number that is done.
             microbatch = len(ends[work])
             if microbatch == num_microbatches:
                 continue
+            # A limit holds back what takes memory until the oldest user of it has released it.
             if work in limits:
                 release, limit = limits[work]
                 if microbatch - len(ends[release]) >= limit:
                     continue
             ready = 0.0
             for source in sources[work]:
+                # Not even begun: its end, and so this work's start, is not known yet.
                 if len(ends[source]) <= microbatch:
                     break
                 ready = max(ready, ends[source][microbatch])
@@ -94,6 +99,7 @@ def list_order(
 
     remaining = num_microbatches * len(sources)
     while remaining:
+        # Time jumps to the next moment at which anything can change.
         now = heapq.heappop(moments)
         while moments and moments[0] <= now:
             heapq.heappop(moments)
@@ -102,12 +108,15 @@ def list_order(
                 continue
             found = candidates(rank)
             ready = [entry for entry in found if entry[0] <= now]
+            # What becomes ready later must be looked at then, even if no rank gets free.
             for moment, _, _ in found:
                 if moment > now:
                     heapq.heappush(moments, moment)
             if not ready:
                 continue
             _, key, work = min(ready, key=lambda entry: entry[1])
+            # Filling work of low urgency can delay what other ranks wait for: a patient policy
+            # leaves the rank idle if something more urgent comes soon.
             horizon = now + policy.patience * durations[work]
             if any(now < entry[0] < horizon and entry[1][0] < key[0] for entry in found):
                 continue

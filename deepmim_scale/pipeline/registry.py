@@ -43,6 +43,7 @@ class ScheduleSpec:
     reductions: tuple[Reduction, ...] = ("coalesced", "per_microbatch")
 
 
+# In the order in which messages list them.
 SCHEDULES: dict[str, ScheduleSpec] = {}
 
 

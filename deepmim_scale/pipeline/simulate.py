@@ -70,6 +70,7 @@ def simulate(schedule: Schedule, times: Durations) -> Timeline:
     position = [0] * len(schedule.ranks)
     sent: dict[Message, float] = {}
     events: list[Event] = []
+    # Every rank runs as far as it can; a round in which none moved is the end, or a deadlock.
     moved = True
     while moved:
         moved = False
@@ -79,10 +80,11 @@ def simulate(schedule: Schedule, times: Durations) -> Timeline:
                 start = end = clock[rank]
                 if instruction.kind == "receive":
                     if instruction.message not in sent:
-                        break
+                        break  # look again when its sender has come further
                     end = max(start, sent[instruction.message]) + times.of(instruction)
                     receiving[rank] += times.of(instruction)
                 elif instruction.kind == "send":
+                    # isend: the rank goes on at once, the transfer counts at the receiver.
                     sent[instruction.message] = start
                 else:
                     end = start + times.of(instruction)
@@ -91,6 +93,7 @@ def simulate(schedule: Schedule, times: Durations) -> Timeline:
                 clock[rank] = end
                 position[rank] += 1
                 moved = True
+    # Whoever is not at the end waits for a message that nobody will send.
     stuck = {
         rank: instructions[position[rank]]
         for rank, instructions in enumerate(schedule.ranks)
@@ -118,7 +121,9 @@ def peak_activation_bytes(schedule: Schedule, memory: Sequence[Memory]) -> tuple
             ):
                 current += stage.decoders
             elif instruction.kind == "decoder":
+                # Decoders run one after the other, forward and backward: one is alive at a time.
                 peak = max(peak, current + stage.largest_decoder)
+            # The peak is taken before the release: a backward still holds what it reads.
             peak = max(peak, current)
             if instruction.kind == released["encoder"]:
                 current -= stage.encoder

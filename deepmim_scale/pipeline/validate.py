@@ -27,6 +27,7 @@ def validate(
 
     With a memory limit (bytes of activations, any rank) also its peak is checked.
     """
+    _check_style(schedule)
     ranks = range(len(schedule.ranks))
     for rank in ranks:
         _check_completeness(schedule, rank)
@@ -35,7 +36,9 @@ def validate(
     for rank in ranks:
         _check_order(schedule, rank)
         _check_dependencies(schedule, rank, sources)
-    simulate(schedule, Durations({}, {}))  # raises Deadlock
+    # Ranks that each wait for another's message pass every check of a single rank. Whether they
+    # end does not depend on how long things take.
+    simulate(schedule, Durations({}, {}))
     if memory_limit is not None:
         peaks = peak_activation_bytes(schedule, memory)
         for rank, peak in enumerate(peaks):
@@ -43,6 +46,15 @@ def validate(
                 raise ScheduleError(
                     f"rank {rank}: keeps {peak} bytes of activations, limit {memory_limit}"
                 )
+
+
+def _check_style(schedule: Schedule) -> None:
+    """A fused decoder waits for nothing but its own stage's forward."""
+    style = schedule.style
+    if style.fused_decoders and style.colocated:
+        raise ScheduleError("style: fused_decoders and colocated exclude each other")
+    if style.fused_decoders and schedule.pipeline.paired:
+        raise ScheduleError("style: fused_decoders cannot be where losses join two decoders")
 
 
 def _check_completeness(schedule: Schedule, rank: int) -> None:
@@ -54,6 +66,7 @@ def _check_completeness(schedule: Schedule, rank: int) -> None:
         for kind in stage_kinds(pipeline, stage, schedule.style)
         for microbatch in range(schedule.num_microbatches)
     )
+    # Sends are waited for in the flush alone: without it a tensor could be freed too early.
     last = schedule.ranks[rank][-1]
     flush = Instruction("flush", pipeline.stages_of(rank)[0], -1)
     if last != flush:
@@ -61,11 +74,12 @@ def _check_completeness(schedule: Schedule, rank: int) -> None:
     found = Counter(step for step in schedule.ranks[rank] if step.payload is None)
     expected[flush] = 1
     for step in (expected - found) | (found - expected):
-        raise ScheduleError(f"rank {rank}: {step} {found[step]} times, not {expected[step]}")
+        raise ScheduleError(f"rank {rank}: {step}: {found[step]} times, not {expected[step]}")
 
 
 def _check_order(schedule: Schedule, rank: int) -> None:
     """Micro-batches of one stage and kind (and payload and peer) come as 0, 1, 2, ..."""
+    # Sums of gradients are equal bit for bit because of this order, and messages need no tags.
     following: Counter[tuple[object, ...]] = Counter()
     for step in schedule.ranks[rank][:-1]:
         key = (step.kind, step.stage, step.payload, step.peer)
@@ -80,6 +94,7 @@ def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, In
     done: set[Instruction | Message] = set()
     for step in schedule.ranks[rank]:
         if step.kind == "receive":
+            # It needs its sender, which is on another rank: the simulation knows of that.
             required: list[Instruction | Message] = []
         elif step.kind == "send":
             required = [sources.get(step.message, step)]
@@ -92,7 +107,9 @@ def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, In
             ]
         for need in required:
             if need not in done:
-                raise ScheduleError(f"rank {rank}: {step} comes before what it needs, {need}")
+                what = need if isinstance(need, Instruction) else _describe(need)
+                raise ScheduleError(f"rank {rank}: {step} comes before what it needs, {what}")
+        # What was received stands for the step that made it elsewhere.
         done.add(step.message if step.kind == "receive" else step)
 
 
@@ -111,15 +128,27 @@ def _message_sources(schedule: Schedule) -> dict[Message, Instruction]:
 
 def _check_messages(schedule: Schedule, sources: dict[Message, Instruction]) -> None:
     """Each needed message has one send and one receive, on the ranks of its two stages."""
-    counts = {"send": Counter(sources.keys()), "receive": Counter(sources.keys())}
+    found: dict[str, Counter[Message]] = {"send": Counter(), "receive": Counter()}
     for rank, instructions in enumerate(schedule.ranks):
         for step in instructions:
             if step.payload is None:
                 continue
             if schedule.pipeline.rank_of(step.stage) != rank:
                 raise ScheduleError(f"rank {rank}: {step} belongs to another rank")
-            counts[step.kind][step.message] -= 1
-    for kind, left in counts.items():
-        for message, count in left.items():
-            if count:
-                raise ScheduleError(f"message {message}: {1 - count} {kind}s, not 1")
+            found[step.kind][step.message] += 1
+    for kind, counts in found.items():
+        # Needed ones first, so that the message tells what is missing before what is too much.
+        for message in dict.fromkeys([*sources, *counts]):
+            _, source, target, _ = message
+            stage = source if kind == "send" else target
+            assert stage is not None, "a message that is needed or found has two ends"
+            count, needed = counts[message], int(message in sources)
+            if count != needed:
+                rank = schedule.pipeline.rank_of(stage)
+                what = f"{_describe(message)}: {count} {kind}s, not {needed}"
+                raise ScheduleError(f"rank {rank}: {what}")
+
+
+def _describe(message: Message) -> str:
+    payload, source, target, microbatch = message
+    return f"{payload} from stage {source} to stage {target}, micro-batch {microbatch}"

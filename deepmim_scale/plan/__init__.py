@@ -1,0 +1,1 @@
+"""Costs, cuts and predictions: what to run on which machines. No torch."""

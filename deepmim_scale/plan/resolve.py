@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.methods import method_of
 from deepmim_scale.methods.base import Placement
 from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem, simulated
 from deepmim_scale.pipeline.compatibility import check_combination, check_placement
 from deepmim_scale.pipeline.files import schedule_from_json
 from deepmim_scale.pipeline.ir import Kind, Schedule
-from deepmim_scale.pipeline.registry import build_schedule, find_schedule
+from deepmim_scale.pipeline.registry import DEFAULT, build_schedule, find_schedule
 from deepmim_scale.pipeline.simulate import Deadlock
 from deepmim_scale.pipeline.validate import ScheduleError, validate
 from deepmim_scale.plan.partition import Layout, format_layout, parse_layout
@@ -53,14 +54,7 @@ def read_schedule(
 ) -> tuple[Layout, Schedule]:
     """Layout and schedule of a file, checked; UserError names the first broken rule."""
     content = read_json(path)
-    text, placement = content.get("layout", ""), content.get("placement", "linear")
-    if not isinstance(text, str):
-        raise UserError(f"{path}: layout={text!r}: must be text as 6d|2d|2d|2d")
-    layout = parse_layout(text, model)
-    folded = len(layout) > 1 and placement == "v"
-    if folded and len(layout) % 2:
-        raise UserError(f"{path}: layout={text}: the V needs an even number of stages")
-    check_placement(model, len(layout) // 2 if folded else len(layout), placement)
+    layout, placement = _read_layout(path, content, model)
     pipeline = pipeline_of(model, layout, placement, gradient_flow)
     schedule = schedule_from_json(path, content, pipeline)
     try:
@@ -68,6 +62,26 @@ def read_schedule(
     except (ScheduleError, Deadlock) as error:
         raise UserError(f"{path}: {error}") from None
     return layout, schedule
+
+
+def _read_layout(
+    path: str, content: Mapping[str, Any], model: ModelConfig
+) -> tuple[Layout, Placement]:
+    text, placement = content.get("layout"), content.get("placement", "linear")
+    if not isinstance(text, str):
+        raise UserError(f"{path}: layout={text!r:.60}: must be text as 6d|2d|2d|2d")
+    if placement not in get_args(Placement):
+        names = ", ".join(get_args(Placement))
+        raise UserError(f"{path}: placement={placement!r:.60}: must be one of {names}")
+    try:
+        layout = parse_layout(text, model)
+        folded = len(layout) > 1 and placement == "v"
+        if folded and len(layout) % 2:
+            raise UserError(f"layout={text}: the V needs an even number of stages; add one")
+        check_placement(model, len(layout) // 2 if folded else len(layout), placement)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return layout, placement
 
 
 def training_plan(
@@ -81,7 +95,7 @@ def training_plan(
     `measured` seconds by kind and stage where they are given.
     """
     given = None
-    if config.schedule_file and measured is None:
+    if config.schedule_file:
         layout, given = read_schedule(config.schedule_file, config.model, config.gradient_flow)
         _check_file(config, given, num_microbatches)
     else:
@@ -97,15 +111,17 @@ def training_plan(
     _check_taps(config, layout)
     split = given.style.split_backward if given else find_schedule(config.schedule).split_backward
     if config.compile and split:
+        name = given.name if given else config.schedule
         raise UserError(
-            f"compile=True: schedule={config.schedule} queues weight gradients in Python; "
-            "use schedule dib"
+            f"compile=True: schedule={name} queues weight gradients in Python; "
+            f"use schedule {DEFAULT}"
         )
     model, size = config.model, config.microbatch_size
     durations = times_of(model, layout, size, _FLOPS_PER_SECOND, split=split)
     if measured is not None:
         durations = profiled_times(measured, durations)
-    pipeline = pipeline_of(model, layout, config.placement, config.gradient_flow)
+    placement = given.pipeline.placement if given else config.placement
+    pipeline = pipeline_of(model, layout, placement, config.gradient_flow)
     memory = memory_of(model, layout, size)
     problem = SchedulingProblem(pipeline, num_microbatches, durations, memory)
     built = simulated(given, problem) if given else build_schedule(config.schedule, problem)
@@ -118,6 +134,11 @@ def _check_file(config: RunConfig, schedule: Schedule, num_microbatches: int) ->
     path, pipeline = config.schedule_file, schedule.pipeline
     if config.layout:
         raise UserError(f"layout={config.layout}: schedule_file={path} has its own; leave it out")
+    if config.reschedule_after:
+        raise UserError(
+            f"reschedule_after={config.reschedule_after}: schedule_file={path} fixes the order; "
+            "leave one of them out"
+        )
     if pipeline.num_ranks != config.stages:
         raise UserError(
             f"stages={config.stages}: schedule_file={path} is for {pipeline.num_ranks}; "
@@ -132,6 +153,11 @@ def _check_file(config: RunConfig, schedule: Schedule, num_microbatches: int) ->
         raise UserError(
             f"reduction={config.reduction}: schedule_file={path} leaves weight gradients for "
             "later; use --reduction coalesced"
+        )
+    if schedule.style.split_backward and pipeline.paired:
+        raise UserError(
+            f"schedule_file={path}: leaves weight gradients for later, which "
+            f"{config.model.method} is not defined for; use one without split_backward"
         )
     if config.gradient_flow == "local" and not method_of(config.model).local_gradients:
         raise UserError(

@@ -138,7 +138,11 @@ def _read(args: ScheduleArguments, model: ModelConfig) -> tuple[Layout, Schedule
     found = {"stages": given.pipeline.num_ranks, "microbatches": given.num_microbatches}
     for key, value in found.items():
         if getattr(args, key) not in (None, value):
-            raise UserError(f"{key}={getattr(args, key)}: {args.schedule_file} has {value}")
+            raise UserError(
+                f"{key}={getattr(args, key)}: {args.schedule_file} has {value}; leave {key} out"
+            )
+    if args.layout:
+        raise UserError(f"layout={args.layout}: {args.schedule_file} has its own; leave it out")
     return layout, given
 
 

@@ -1,0 +1,1 @@
+"""The folder of a run: its lock, its checkpoints' states, what may go on in it. No torch."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.arguments import read_json, writable
+from deepmim_scale.arguments import load_run, writable
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
 
@@ -89,8 +89,7 @@ def load_run_config(run: str | Path) -> RunConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise UserError(f"{run}: is no run ({CONFIG} is missing); check the path")
-    content = read_json(str(path))
-    return RunConfig.load(content)
+    return load_run(path)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

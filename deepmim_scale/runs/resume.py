@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -65,7 +65,7 @@ _FREE = frozenset(
     }
 )
 # But these cut the model, and where no gradient crosses a cut it matters where that is.
-_CUT = frozenset({"stages", "placement", "layout"})
+_CUT = frozenset({"stages", "placement", "layout", "schedule_file"})
 # What a start leaves in a folder before its first step.
 _BEFORE_CONFIG = frozenset({LOCK, STARTS})
 

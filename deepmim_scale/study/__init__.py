@@ -1,0 +1,1 @@
+"""Scaling studies: many runs over depths, stages and schedules."""

@@ -6,10 +6,15 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.runs.environment import describe_environment
 from deepmim_scale.study.cells import build_cells
-from deepmim_scale.study.settings import RESULTS, StudyArguments, check_folder, resolve
+from deepmim_scale.study.settings import (
+    RESULTS,
+    StudyArguments,
+    check_folder,
+    read_results,
+    resolve,
+)
 
 __all__ = ["StudyArguments", "run_study"]
 
@@ -22,7 +27,7 @@ def run_study(arguments: StudyArguments) -> None:
     args = check_folder(resolve(arguments, num_gpus))
     cells = build_cells(args)
     saved = Path(args.output) / RESULTS
-    environment = read_json(str(saved))["environment"] if saved.is_file() else {}
+    environment = read_results(saved)["environment"] if saved.is_file() else {}
     todo = [] if args.dry_run else runner.unfinished(args, cells)
     if todo:
         environment = _go_on(environment, describe_environment())

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import tyro
 from pydantic import model_validator
 
-from deepmim_scale.arguments import read_json
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.pipeline.registry import BASELINE, DEFAULT, trainable_schedules
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
 from deepmim_scale.plan.planner import Cluster
 from deepmim_scale.presets import load_preset
-from deepmim_scale.settings import FrozenConfig
+from deepmim_scale.settings import File, Folder, FrozenConfig
 
 RESULTS = "study.json"
 RUNS = "runs"
@@ -33,6 +33,7 @@ _TAKEN = (
     "--depth",
     "--stages",
     "--schedule",
+    "--schedule-file",
     "--steps",
     "--microbatch-size",
     "--microbatches",
@@ -40,11 +41,14 @@ _TAKEN = (
 )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise ValueError(f"{text}: must be numbers as 12,24") from None
+def _numbers(key: str) -> Any:
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(sorted({int(word) for word in text.split(",")}))
+        except ValueError:
+            raise UserError(f"{key}={text}: must be whole numbers as 12,24") from None
+
+    return _comma_separated(read, "N,N,...")
 
 
 def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> Any:
@@ -57,7 +61,6 @@ def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> An
     )
 
 
-Numbers = Annotated[tuple[int, ...], _comma_separated(_numbers, "N,N,...")]
 Names = Annotated[
     tuple[str, ...],
     _comma_separated(lambda text: tuple(dict.fromkeys(text.split(","))), "NAME,NAME,..."),
@@ -67,15 +70,15 @@ Names = Annotated[
 class StudyArguments(FrozenConfig):
     """Measure images/s, memory, idle share and loss over depth, stages and schedules."""
 
-    output: str
+    output: Folder
     """Folder of the study; given again, what is measured already is kept."""
     preset: str = "deepmim_vit_b_12"
     """Method, widths and decoders; the depth is the study's."""
-    data: str = ""
+    data: Folder = ""
     """Image folder; needed unless --dry-run."""
-    depths: Numbers = (12, 24, 36, 48)
+    depths: Annotated[tuple[int, ...], _numbers("depths")] = (12, 24, 36, 48)
     """Encoder blocks; a preset's taps are spread evenly at depths that are not its own."""
-    stages: Numbers = (1, 2, 4)
+    stages: Annotated[tuple[int, ...], _numbers("stages")] = (1, 2, 4)
     """Pipeline stages; one stage (data parallelism with ZeRO-2) is the baseline and always in."""
     schedules: Names = (BASELINE, DEFAULT)
     """Of gpipe, 1f1b, dib, dib_w; one stage has nothing to order and runs dib."""
@@ -97,7 +100,7 @@ class StudyArguments(FrozenConfig):
     """Predict for v100-16g, v100-32g, a100-40g, a100-80g, h100-80g or h200-141g."""
     network: str = "edr"
     """Predict for 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr or 8xndr between nodes."""
-    hostfile: str = ""
+    hostfile: File = ""
     """DeepSpeed's list of machines, see launcher/hostfile.example."""
     dry_run: bool = False
     """Predict only; start nothing."""
@@ -158,6 +161,15 @@ def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
     return args.replace(**changes)
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What a study has written; UserError if its parts are not there."""
+    content = read_json(path)
+    for key in ("settings", "environment"):
+        if not isinstance(content.get(key), dict):
+            raise UserError(f"{path}: {key}: missing; it is no study's, choose another --output")
+    return content
+
+
 def check_folder(args: StudyArguments) -> StudyArguments:
     """The settings to go on with in the study's folder; UserError if it holds another study."""
     folder = Path(args.output)
@@ -168,9 +180,9 @@ def check_folder(args: StudyArguments) -> StudyArguments:
         return args
     if not (folder / RUNS).is_dir():  # predictions only
         return args
-    theirs = read_json(str(saved))["settings"]
+    theirs = read_results(saved)["settings"]
     if args.dry_run:  # draws the tables again
-        args = args.replace(data=theirs["data"])
+        args = args.replace(data=theirs.get("data", ""))
     for key, value in args.model_dump(mode="json").items():
         if key not in _FREE and theirs.get(key) != value:
             raise UserError(

@@ -1,0 +1,1 @@
+"""Pre-training of one run from the command line to the last checkpoint."""

@@ -159,10 +159,12 @@ def describe(prepared: PreparedRun) -> Iterator[str]:
         f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 = {_scientific(rate)}"
     )
     if config.stages > 1:
-        idle = prepared.pipeline.built.timeline.idle_fraction
+        built = prepared.pipeline.built
+        idle, schedule = built.timeline.idle_fraction, built.schedule
+        count = pluralize(batch.microbatches, "micro-batch", "micro-batches")
         yield (
-            f"pipeline: {config.stages} stages {prepared.pipeline.text}, {config.schedule}, "
-            f"{config.placement}, {pluralize(batch.microbatches, 'micro-batch', 'micro-batches')}; "
+            f"pipeline: {config.stages} stages {prepared.pipeline.text}, {schedule.name}, "
+            f"{schedule.pipeline.placement}, {count}; "
             f"simulated idle share {idle:.1%}"
         )
         if batch.microbatches < config.stages:

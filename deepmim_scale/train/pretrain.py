@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def pretrain(config: RunConfig) -> None:
     """Pre-train as `config` says, in the processes that the launcher started."""
+    is_main = is_main_process()
     prepared = prepare(config)
     is_first = os.environ.get("RANK", "0") == "0"
     # Taken before anything is written and before the ranks wait for each other.
@@ -29,10 +30,10 @@ def pretrain(config: RunConfig) -> None:
         if is_first:
             lines = [*describe(prepared), *([note] if note else [])]
             print("\n".join(lines), flush=True)
-        _train(prepared)
+        _train(prepared, is_main)
 
 
-def _train(prepared: PreparedRun) -> None:
+def _train(prepared: PreparedRun, is_main: bool) -> None:
     import torch
     from deepmim_kernels import use_backend
 
@@ -52,7 +53,7 @@ def _train(prepared: PreparedRun) -> None:
         torch.distributed.destroy_process_group()
     except (UserError, RunFailure) as error:
         # Only the rank that decoded it knows.
-        if isinstance(error, BadImage) and not is_main_process():
+        if isinstance(error, BadImage) and not is_main:
             print(f"error: {error}", file=sys.stderr)
         raise
     except BrokenPipeError:  # of our own output, not of a peer

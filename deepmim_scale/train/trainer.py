@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from deepmim_scale.batch import Batch
 from deepmim_scale.checkpoint import files
@@ -29,7 +30,7 @@ from deepmim_scale.data.step_loader import (
     iter_validation,
 )
 from deepmim_scale.ds_config import precision_of
-from deepmim_scale.errors import UserError
+from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.methods import decoder_names, losses_of
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.stages import global_parameters
@@ -92,16 +93,16 @@ class Trainer:
             if note:
                 progress.print_main(note)
         self._check_shared()
-        loader = self._build_loader()
+        loader = self.build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
             with self._profiler() as profiler:
                 for batches in loader:
-                    row, applied = self._train_step(batches, loader.wait_seconds)
+                    row, applied = self.train_step(batches, loader.wait_seconds)
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
-                        raise UserError(
+                        raise RunFailure(
                             f"blr={config.blr}: {skipped} steps in a row had no finite gradient; "
                             "start again with a lower one or with --clip-grad"
                         )
@@ -137,7 +138,8 @@ class Trainer:
                 "give a folder that all nodes share"
             )
 
-    def _build_loader(self) -> StepLoader:
+    def build_loader(self) -> StepLoader:
+        """The images of all steps that are left."""
         config, batch = self.config, self.prepared.batch
         backend, reason = build_backend(
             config,
@@ -166,7 +168,8 @@ class Trainer:
             device=self.device,
         )
 
-    def _train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
+    def train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: the row of metrics, and whether it changed the weights."""
         began = time.perf_counter()
         config, names = self.config, losses_of(self.config.model)
         epoch = self.step / self.samples.steps_per_epoch
@@ -188,11 +191,16 @@ class Trainer:
         self.step += 1
         self.updates += applied
         # A loss is known on the rank that evaluates it; elsewhere it counts as 0.
-        mine = [float(sums.get(name, 0.0)) / len(batches) for name in names]
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = [sums.get(name, none) / len(batches) for name in names]
         busy, whole = self.executor.busy_and_step_seconds()
-        everyone = self._gather([*mine, peak_memory_gib(self.device), 1 - busy / whole])
+        # All numbers of the step are read from the device at once.
+        everyone = self._gather(
+            [*mine, *norms.values()], [peak_memory_gib(self.device), 1 - busy / whole]
+        )
         replicas = self.prepared.batch.num_replicas
-        *by_loss, memory, idle = map(list, zip(*everyone, strict=True))
+        *columns, memory, idle = map(list, zip(*everyone, strict=True))
+        by_loss, by_norm = columns[: len(names)], columns[len(names) :]
         losses = {n: sum(x) / replicas for n, x in zip(names, by_loss, strict=True)}
         seconds = time.perf_counter() - began + wait_seconds
         world = dist.get_world_size()
@@ -202,7 +210,7 @@ class Trainer:
             "loss": total_loss(config.model, losses),
             "losses": losses,
             "grad_norm": norm,
-            "grad_norms": {name: float(value) for name, value in norms.items()},
+            "grad_norms": {name: x[0] for name, x in zip(norms, by_norm, strict=True)},
             "learning_rate": rate,
             "loss_scale": zero.loss_scale(self.engine),
             "skipped": not applied,
@@ -216,11 +224,14 @@ class Trainer:
         }
         return row, applied
 
-    def _gather(self, numbers: list[float]) -> list[list[float]]:
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+    def _gather(self, scalars: list[Tensor], numbers: list[float]) -> list[list[float]]:
+        """A row for each rank: scalars on the device, then numbers that the host knows."""
+        known = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        mine = torch.cat([torch.stack(scalars).double(), known])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
-        return [numbers.tolist() for numbers in everyone]
+        rows: list[list[float]] = torch.stack(everyone).tolist()
+        return rows
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.validate_every * self.samples.steps_per_epoch

@@ -76,6 +76,6 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
 
 
 # A tuple of numbers is no node of a compiled graph: it is looked up when the graph is traced.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

@@ -69,6 +69,7 @@ class Compilation:
     num_warps: int
 
     def run(self, arch: int) -> Any:
+        """Compile for compute capability `arch`, as 70 for V100."""
         options = {"num_warps": self.num_warps}
         return triton.compile(self.source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -284,6 +285,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Compile what the arguments ask for, print a table, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--json", type=Path, help="write the rows here as well")

@@ -6,26 +6,34 @@ Usage: torchrun --nproc_per_node N pipelines.py OUT CASES.json; writes OUT.json 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deepmim_scale.batch import Batch
+from deepmim_scale.checkpoint import networks
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
-from deepmim_scale.objectives import build_objective
+from deepmim_scale.objectives import build_objective, objective_of
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.stages import global_parameters
+from deepmim_scale.pipeline.builders import SchedulingProblem
+from deepmim_scale.pipeline.files import schedule_to_json
+from deepmim_scale.pipeline.registry import build_schedule, find_schedule
 from deepmim_scale.plan.messages import transfers_of
+from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
+from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
 from deepmim_scale.train.optim import parameter_groups
 from deepmim_scale.train.runtime import build_runtime
 
@@ -45,7 +53,17 @@ MODELS = {
     "mae": {"method": "mae"},
     "deepmim": {"method": "deepmim", "taps": (2, 3, 5, 6)},
     "mirl": {"method": "mirl"},
+    "hog": {"method": "deepmim", "target": "hog"},
+    "timm": {
+        "method": "deepmim",
+        "target": "timm:vit_tiny_patch16_224",
+        "teacher_dim": 192,
+        "img_size": 64,
+        "patch_size": 16,
+    },
+    "toys": {"method": "two_decoders", "target": "color"},
 }
+BY_HAND = "by_hand"
 
 
 def micro_batch(step: int, m: int, replica: int, config: ModelConfig) -> Batch:
@@ -55,10 +73,60 @@ def micro_batch(step: int, m: int, replica: int, config: ModelConfig) -> Batch:
     return Batch(images, torch.rand(BATCH, config.num_patches, generator=generator))
 
 
-def run_config(case: dict[str, Any]) -> RunConfig:
-    model = ModelConfig(**(TINY | MODELS[case["method"]]))
+def write_teacher(file: Path) -> str:
+    """Weights for the target of `timm`, the same on every rank."""
+    if file.exists():
+        return str(file)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=64).state_dict(), file)
+    return str(file)
+
+
+def write_schedule(file: Path, case: dict[str, Any], model: ModelConfig) -> str:
+    """A registered schedule in a file, or one that no builder makes."""
+    stages, count, name = case["stages"], case["microbatches"], case["file"]
+    if name == BY_HAND:
+        ranks = [{"instructions": list(steps_by_hand(rank, count))} for rank in range(2)]
+        content = {"format": 1, "schedule": name, "microbatches": count, "style": {}}
+        content |= {"layout": "2d1d|2d1d", "ranks": ranks}
+    else:
+        layout = layout_of(model, stages, case["placement"])
+        times = times_of(model, layout, BATCH, 1e9, split=find_schedule(name).split_backward)
+        pipeline = pipeline_of(model, layout, case["placement"])
+        problem = SchedulingProblem(pipeline, count, times, memory_of(model, layout, BATCH))
+        content = schedule_to_json(build_schedule(name, problem).schedule)
+        content["layout"] = format_layout(layout, model)
+    file.write_text(json.dumps(content))
+    return str(file)
+
+
+def steps_by_hand(rank: int, count: int) -> Iterator[dict[str, Any]]:
+    """Kind by kind over all micro-batches; the decoders of both stages run at the same time."""
+    for kind in ("forward", "decoder_forward", "decoder_backward", "encoder_backward"):
+        for m in range(count):
+            step = {"stage": rank, "microbatch": m}
+            message = {"peer": 1 - rank, **step}
+            message["payload"] = "activation" if kind == "forward" else "gradient"
+            crosses = kind in ("forward", "encoder_backward")
+            receives = crosses and (kind == "forward") == (rank == 1)
+            if receives:
+                yield {"kind": "receive", **message}
+            yield {"kind": kind, **step}
+            if crosses and not receives:
+                yield {"kind": "send", **message}
+    yield {"kind": "flush", "stage": rank, "microbatch": -1}
+
+
+def run_config(case: dict[str, Any], folder: Path | None = None) -> RunConfig:
+    changes = dict(MODELS[case["method"]])
+    if folder is not None and case["method"] == "timm":
+        changes["teacher"] = write_teacher(folder / f"teacher{dist.get_rank()}.pt")
+    model = ModelConfig(**(TINY | changes))
     keys = ("stages", "schedule", "placement", "layout", "reduction", "gradient_flow", "recompute")
     chosen = {key: case[key] for key in keys if key in case}
+    if folder is not None and "file" in case:
+        file = folder / f"schedule{dist.get_rank()}.json"
+        chosen["schedule_file"] = write_schedule(file, case, model)
     return RunConfig(
         model=model,
         microbatch_size=BATCH,
@@ -78,13 +146,16 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 class Pipeline:
     """One case's engine and executor on this rank."""
 
-    def __init__(self, case: dict[str, Any], checkpoint: Path | None = None) -> None:
-        self.config, self.microbatches = run_config(case), case["microbatches"]
+    def __init__(
+        self, case: dict[str, Any], checkpoint: Path | None = None, folder: Path | None = None
+    ) -> None:
+        self.config, self.microbatches = run_config(case, folder), case["microbatches"]
         config = self.config
         self.plan: TrainingPlan = training_plan(config, self.microbatches)
         sizes = BatchSizes(BATCH, self.microbatches, dist.get_world_size() // config.stages)
         settings, _ = resolve_ds_config(settings_of(case), config, sizes)
-        objective = build_objective(config.model)
+        teacher = objective_of(config.model).load_teacher(config, networks)
+        objective = build_objective(config.model, teacher)
         runtime = build_runtime(
             config, self.plan, settings, torch.device("cpu"), objective, checkpoint
         )
@@ -147,15 +218,16 @@ def reference(case: dict[str, Any], replicas: int) -> tuple[dict[str, Tensor], l
     return dict(model.named_parameters()), norms, loss
 
 
-def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    pipeline = Pipeline(case)
+def run_case(case: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    pipeline = Pipeline(case, folder=folder)
     replicas = pipeline.grid.get_data_parallel_world_size()
     norms, total, applied, scales = [], 0.0, [], []
     steps = case.get("steps", STEPS if case.get("compare", True) else 2)
     for number in range(steps):
         spoil = None
         if case.get("infinite_stage") == pipeline.rank and number == 1:
-            spoil = lambda loss: loss * float("inf")  # noqa: E731
+            factor = float(case["factor"])
+            spoil = lambda loss: loss * factor  # noqa: E731, B023
         losses, norm, done = pipeline.step(number, spoil)
         norms.append(norm)
         applied.append(done)
@@ -203,6 +275,7 @@ def run_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    runpy.run_path(str(ROOT / "tests/unit/test_registries.py"))["register_toys"]()
     out, cases = Path(sys.argv[-2]), json.loads(Path(sys.argv[-1]).read_text())
     zero.init_processes(timeout_seconds=300)
     # The CPU accelerator refuses fp16, although torch's CPU kernels are enough for its arithmetic.
@@ -211,7 +284,7 @@ def main() -> None:
     accelerator.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
     results, tensors = {}, {}
     for name, case in cases.items():
-        results[name], parameters = run_case(case)
+        results[name], parameters = run_case(case, out.parent)
         tensors |= {f"{name}/{key}": value.clone() for key, value in parameters.items()}
     if dist.get_rank() == 0:
         out.with_suffix(".json").write_text(json.dumps(results))

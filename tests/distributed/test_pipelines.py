@@ -54,6 +54,7 @@ def legal_cases(world: int, *, thorough: bool) -> dict[str, Case]:
             "reduction": reduction,
             "microbatches": 4,
             "compare": False,
+            "alone": f"{method} 1x{world // stages} linear dib {reduction}",
         }
         if not is_legal(case) or (stages == 1 and (placement == "v" or schedule != "dib")):
             continue
@@ -64,11 +65,33 @@ def legal_cases(world: int, *, thorough: bool) -> dict[str, Case]:
     return cases
 
 
+def other_cases(world: int) -> dict[str, Case]:
+    """Other targets, a user's own method, target and schedule, and schedules read from files."""
+    names = ("placement", "schedule", "microbatches", "compare")
+    base: Case = dict(zip(names, ("linear", "dib", 4, False), strict=True)) | {"stages": world}
+    cases: dict[str, Case] = {}
+    for kind in ("hog", "timm", "toys"):
+        own = "twos" if kind == "toys" else "dib_w"
+        for schedule in ("dib", own) if world == 2 else ("dib",):
+            case = base | {"method": kind, "schedule": schedule, "alone": f"{kind} 1 dib"}
+            cases[f"{kind} {world} {schedule}"] = case
+    if world == 2:
+        for file in ("by_hand", "zb_h1"):
+            alone = {"method": "deepmim", "alone": "deepmim 1x1 linear dib coalesced"}
+            cases[f"file {file}"] = base | alone | {"file": file}
+    if world == 3:
+        alone = {"method": "mirl", "alone": "mirl 1x1 linear dib coalesced"}
+        cases["file on the V"] = base | alone | {"file": "1f1b", "placement": "v"}
+    return cases
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run cases in `world` processes; results and parameters by case."""
 
-    def launch(world: int, cases: dict[str, Case]):
+    def launch(
+        world: int, cases: dict[str, Case]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp(f"world{world}")
         (folder / "cases.json").write_text(json.dumps(cases))
         command = ["torchrun", "--nproc_per_node", str(world), "--master_port", str(free_port())]
@@ -90,6 +113,8 @@ def check_bit_equality(run: Run, *, thorough: bool) -> None:
     found, checked = {}, 0
     for world in WORLDS:
         cases = legal_cases(world, thorough=thorough)
+        if world <= 4:
+            cases |= other_cases(world)
         results, tensors = run(world, cases)
         for name, case in cases.items():
             found[name] = {
@@ -99,8 +124,7 @@ def check_bit_equality(run: Run, *, thorough: bool) -> None:
             }
             counted, expected = results[name]["bytes"]
             assert counted == expected, f"{name}: bytes sent {counted}, formula {expected}"
-            replicas = world // case["stages"]
-            alone = f"{case['method']} 1x{replicas} linear dib {case['reduction']}"
+            alone = case["alone"]
             assert found[name].keys() == found[alone].keys()
             for key, value in found[alone].items():
                 assert torch.equal(found[name][key], value), f"{name}: {key} differs"
@@ -236,7 +260,6 @@ def test_precisions(run: Run) -> None:
                 "schedule": "dib",
                 "microbatches": 4,
                 "json": name,
-                "settings": {"communication_data_type": "fp32"},
             }
         results, tensors[world] = run(world, cases)
         for name, result in results.items():
@@ -253,7 +276,8 @@ def test_precisions(run: Run) -> None:
             assert torch.equal(tensors[1][alone + parameter], value), key
 
 
-def test_infinity_on_one_stage_skips_the_step_everywhere(run: Run) -> None:
+def test_a_loss_that_is_not_finite_skips_the_step_everywhere(run: Run) -> None:
+    """One replica's, on one stage; the next step is applied, so no weight was spoilt."""
     base = {
         "method": "deepmim",
         "stages": 2,
@@ -263,7 +287,13 @@ def test_infinity_on_one_stage_skips_the_step_everywhere(run: Run) -> None:
         "steps": 3,
         "infinite_stage": 1,
     }
-    results, _ = run(4, {name: base | {"json": name} for name in ("cpu_fp32", *PRECISIONS)})
+    results, _ = run(
+        4,
+        {
+            f"{name} {factor}": base | {"json": name, "factor": factor}
+            for name, factor in product(("cpu_fp32", *PRECISIONS), ("inf", "nan"))
+        },
+    )
     for name, result in results.items():
         votes = result["votes"]
         assert all(vote == votes[0] for vote in votes), f"{name}: ranks disagree: {votes}"

@@ -190,7 +190,11 @@ def check_overflow(grid: Any) -> dict[str, Any]:
             broken = step == 1 and dist.get_rank() == 0
             with zero.reduced_step(engine, "coalesced", 5) as backward:
 
-                def poisoned(loss: Tensor, backward=backward, broken=broken) -> None:
+                def poisoned(
+                    loss: Tensor,
+                    backward: Callable[[Tensor], None] = backward,
+                    broken: bool = broken,
+                ) -> None:
                     backward(loss * float("inf") if broken else loss)
 
                 with zero.autocast(precision, torch.device("cpu")):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.data.samples import PHOTOS, write_samples
@@ -17,6 +19,7 @@ from deepmim_scale.models import build_model
 from deepmim_scale.presets import load_preset
 from deepmim_scale.runs.folder import step_folder, write_config
 from deepmim_scale.runs.state import CheckpointState
+from deepmim_scale.train.pretrain import main
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +34,33 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, flat / f"{path.parent.name}_{path.name}")
     assert len(list(flat.iterdir())) == 200
     return flat
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 16 training images of one class, where nothing better is defined."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train" / "a").mkdir(parents=True)
+    for number in range(16):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / "train" / "a" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """pretrain's words -> its one line of error, with exit code 2 and no process group."""
+
+    def run(words: list[str]) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1, f"not one line: {captured.err}"
+        assert not dist.is_initialized()
+        return captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def uniform_distance(grid: int) -> float:
     return counted / grid**4
 
 
-def test_maps_are_the_models_own(finished_run) -> None:
+def test_maps_are_the_models_own(finished_run: Callable[[str], Path]) -> None:
     """DecodeRequest sum to 1, and values mixed by the maps are what the attention module gives."""
     model = load_model(finished_run("debug"))
     images = torch.randn(2, 3, 64, 64)
@@ -143,7 +144,12 @@ def test_spread_takes_all_classes(data: Path) -> None:
     assert evenly_spaced(source, 100).tolist() == list(range(len(source)))
 
 
-def test_attention_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
+def test_attention_command(
+    data: Path,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run = str(finished_run("debug"))
     main(
         [
@@ -165,7 +171,12 @@ def test_attention_command(data: Path, finished_run, tmp_path: Path, capsys) -> 
     assert Image.open(tmp_path / "pictures" / "attention.png").width > 500
 
 
-def test_cka_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
+def test_cka_command(
+    data: Path,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run, other = str(finished_run("debug")), str(finished_run("debug_mirl"))
     words = ["--data", str(data), "--output", str(tmp_path), "--json", str(tmp_path / "x.json")]
     main(["analyse", "cka", run, *words])
@@ -178,7 +189,12 @@ def test_cka_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
     assert Image.open(tmp_path / "cka.png").width > 500
 
 
-def test_reconstruct_command(data: Path, finished_run, tmp_path: Path, capsys) -> None:
+def test_reconstruct_command(
+    data: Path,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """With norm_pix the guess knows as much as the decoders: every masked patch's mean."""
     main(
         [
@@ -232,15 +248,15 @@ def loss_rows(values: list[float | None]) -> list[dict[str, Any]]:
     return [{"step": n, "losses": {"a": value}} for n, value in enumerate(values, start=1)]
 
 
-def test_losses_command_with_nan(tmp_path: Path, capsys) -> None:
+def test_losses_command_with_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = [4.0, None, 2.0, None, *[2.0] * 16, None, *[1.0] * 9]
     run = write_metrics(tmp_path, loss_rows(values))
-    main(["analyse", "losses", str(run)])
+    main(["analyze", "losses", str(run)])
     assert "a          3.0000 -> 1.0000  (0.33)" in capsys.readouterr().out
     content = json.loads((run / "losses.json").read_text())
     assert content == {"step": 30, "losses": {"a": {"first": 3.0, "last": 1.0}}}
     write_metrics(tmp_path, loss_rows([1.0, None]))
-    main(["analyse", "losses", str(run)])
+    main(["analyze", "losses", str(run)])
     content = json.loads((run / "losses.json").read_text())
     assert content == {"step": 2, "losses": {"a": {"first": 1.0, "last": None}}}
 
@@ -253,7 +269,9 @@ def test_smoothing_leaves_gaps() -> None:
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 1.001, 1.002], [None, None]])
-def test_losses_picture_of_a_short_run(values: list, tmp_path: Path, monkeypatch) -> None:
+def test_losses_picture_of_a_short_run(
+    values: list[float | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole steps as ticks, and room above the highest loss."""
     from matplotlib import pyplot
 
@@ -261,7 +279,7 @@ def test_losses_picture_of_a_short_run(values: list, tmp_path: Path, monkeypatch
     losses.draw(loss_rows(values), tmp_path / "losses.png")
     axes = pyplot.gcf().axes[0]
     assert all(tick == round(tick) for tick in axes.get_xticks())
-    if values[0]:
+    if values[-1]:
         assert axes.get_ylim()[1] > 1.03 * values[-1]
         assert axes.lines[0].get_marker() == "."
     monkeypatch.undo()
@@ -269,7 +287,9 @@ def test_losses_picture_of_a_short_run(values: list, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("rows", [[], None])
-def test_no_steps_yet(rows: list | None, tmp_path: Path, capsys) -> None:
+def test_no_steps_yet(
+    rows: list[dict[str, Any]] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_metrics(tmp_path, rows or [])
     if rows is None:
         (tmp_path / "metrics.jsonl").unlink()
@@ -291,7 +311,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_mistakes(name: str, data: Path, finished_run, capsys) -> None:
+def test_mistakes(
+    name: str, data: Path, finished_run: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     words, expected = CASES[name]
     words = [word.replace("RUN", str(finished_run("debug"))) for word in words]
     words = words if "--data" in words else [*words, "--data", str(data)]

@@ -12,7 +12,7 @@ from deepmim_scale.train.pretrain import main
 DEEPMIM, MAE, MIRL = ("--preset", "debug"), ("--preset", "debug_mae"), ("--preset", "debug_mirl")
 TWO = (*DEEPMIM, "--stages", "2")
 # Processes, words, and how the line begins
-CASES = {
+CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
     "stages and processes": (
         4,
         (*DEEPMIM, "--stages", "3"),
@@ -63,8 +63,10 @@ CASES = {
     "dib_w per micro-batch": (
         2,
         (*TWO, "--schedule", "dib_w", "--reduction", "per_microbatch"),
-        "reduction=per_microbatch: schedule=dib_w leaves weight gradients for later and needs "
-        "reduction=coalesced; or use schedule=dib",
+        (
+            "reduction=per_microbatch: schedule=dib_w leaves weight gradients for later and needs "
+            "reduction=coalesced; or use schedule=dib"
+        ),
     ),
     "mirl in 4": (
         4,
@@ -94,8 +96,10 @@ CASES = {
     "local, no decoder at the end": (
         2,
         (*TWO, "--gradient-flow", "local", "--layout", "3d1|2d3d3d"),
-        "gradient_flow=local: layout 3d1|2d3d3d has blocks that no loss of their stage reaches; "
-        "end every stage with a decoder",
+        (
+            "gradient_flow=local: layout 3d1|2d3d3d has blocks that no loss of their stage "
+            "reaches; end every stage with a decoder"
+        ),
     ),
     "local mae": (
         2,

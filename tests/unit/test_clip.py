@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,10 @@ from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.images import normalize
 from deepmim_scale.objectives.clip_teacher import load_teacher
 from deepmim_scale.runs.folder import load_run_config, read_metrics
-from deepmim_scale.train.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, PATCH, WIDTH = 32, 8, 24
-FITS = ModelConfig(loss="cosine", img_size=SIZE, patch_size=PATCH, teacher_dim=WIDTH)
+FITS = ModelConfig(target="clip", img_size=SIZE, patch_size=PATCH, teacher_dim=WIDTH)
 NETWORK = {
     "embed_dim": WIDTH,
     "quick_gelu": True,
@@ -145,16 +145,6 @@ def test_training_lowers_the_loss(clip: Clip, data: Path, tmp_path: Path) -> Non
     assert list(rows[-1]["validation_losses"].values()) == pytest.approx(expected, rel=1e-4)
 
 
-def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(command)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, f"not one line: {err}"
-    return err
-
-
 BAD = {
     "name": ("--teacher ViT-B-16-quickgel", "did you mean ViT-B-16-quickgelu?"),
     "folder": ("--teacher local-dir:nowhere", "teacher=local-dir:nowhere: cannot be built"),
@@ -167,20 +157,28 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, clip: Clip, data: Path, tmp_path: Path, capsys) -> None:
+def test_bad_input(
+    name: str, clip: Clip, data: Path, tmp_path: Path, error_of: Callable[[list[str]], str]
+) -> None:
     flags, expected = BAD[name]
     command = [*words(clip, data, tmp_path / "run"), *flags.split()]
-    assert expected in error_of(command, capsys)
+    assert expected in error_of(command)
 
 
-def test_not_installed(clip: Clip, data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_not_installed(
+    clip: Clip,
+    data: Path,
+    tmp_path: Path,
+    error_of: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    assert "pip install open_clip_torch" in error_of(words(clip, data, tmp_path / "run"), capsys)
+    assert "pip install open_clip_torch" in error_of(words(clip, data, tmp_path / "run"))
 
 
-def test_tags(monkeypatch) -> None:
+def test_tags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config = ModelConfig(loss="cosine")
+    config = ModelConfig(target="clip")
     with pytest.raises(UserError, match=r"locate the file on the Hub.*; give a local file"):
         load_teacher("ViT-B-16-quickgelu", "metaclip_fullcc", config)
     with pytest.raises(UserError, match="need QuickGELU; use --teacher ViT-B-16-quickgelu"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from deepmim_scale.config import RunConfig
 from deepmim_scale.models import build_model, local_backward
 from deepmim_scale.models.blocks import compile_blocks
 from deepmim_scale.presets import debug, debug_mae, debug_mirl
@@ -16,7 +19,7 @@ NUM_GRAPHS = {debug: 3, debug_mae: 3, debug_mirl: 5}
 
 
 @pytest.mark.parametrize("preset", NUM_GRAPHS)
-def test_compiled_blocks(preset) -> None:
+def test_compiled_blocks(preset: Callable[[], RunConfig]) -> None:
     torch._dynamo.reset()
     model = build_model(preset)
     generator = torch.Generator().manual_seed(0)

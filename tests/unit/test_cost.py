@@ -1,11 +1,15 @@
 """Counts against the official models' parameters and FLOPs, and against hand-made formulas."""
 
+from __future__ import annotations
+
 import itertools
 import runpy
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import method_of
 from deepmim_scale.methods.base import prediction
 from deepmim_scale.plan import cost as costs
@@ -13,6 +17,9 @@ from deepmim_scale.plan.hardware import GPUS, gpu_named, mfu
 from deepmim_scale.plan.messages import num_bytes
 from deepmim_scale.precision import Precision
 from deepmim_scale.presets import PRESETS, load_preset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIRL_S = [1.049, 1.093, 1.138, 1.182, 1.227, 1.272]
 MIRL_B = [3.390, 3.536, 3.681, 3.826, 3.971, 4.116]
@@ -29,12 +36,12 @@ OFFICIAL = [
 TRAINING_GFLOPS = {"deepmim_vit_b_24": 117.6, "deepmim_vit_b_36": 143.4, "deepmim_vit_b_48": 169.1}
 
 
-def model(preset: str, **changes):
+def model(preset: str, **changes: Any) -> ModelConfig:
     return load_preset(preset).model.replace(**changes)
 
 
 @pytest.mark.parametrize("row", OFFICIAL, ids=lambda row: row[0])
-def test_official_figures(row):
+def test_official_figures(row: tuple[Any, ...]) -> None:
     preset, parameters, trainable, blocks, encoder, decoders, forward, training = row
     config = model(preset, masked_query=False)
     whole = costs.model_cost(config).whole
@@ -48,19 +55,19 @@ def test_official_figures(row):
     assert whole.training_flops / 1e9 == pytest.approx(training, abs=5.1e-4)
 
 
-def test_flop_counter_digits():
+def test_flop_counter_digits() -> None:
     whole = costs.model_cost(model("deepmim_vit_b_12", masked_query=False)).whole
     assert (whole.forward_flops, whole.training_flops) == (30_696_194_048, 91_857_371_136)
 
 
 @pytest.mark.parametrize(("preset", "gflops"), TRAINING_GFLOPS.items())
-def test_depth_sweep(preset, gflops):
+def test_depth_sweep(preset: str, gflops: float) -> None:
     whole = costs.model_cost(model(preset, masked_query=False)).whole
     assert whole.training_flops / 1e9 == pytest.approx(gflops, abs=0.05)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_stages_add_up(preset):
+def test_stages_add_up(preset: str) -> None:
     config = model(preset)
     cuts = [0, *config.taps]
     stages = [costs.stage_cost(config, a, b).whole for a, b in itertools.pairwise(cuts)]
@@ -72,7 +79,7 @@ def test_stages_add_up(preset):
     assert parts.frozen - whole.frozen == shared * costs.position_table_cost(config).frozen
 
 
-def test_masked_query_saves_work():
+def test_masked_query_saves_work() -> None:
     config = model("deepmim_vit_b_12")
     full = config.replace(masked_query=False)
     block = costs.block_cost(512, 4.0, 197)
@@ -86,13 +93,13 @@ def test_masked_query_saves_work():
     )
 
 
-def test_attention_has_no_weight_gradient():
+def test_attention_has_no_weight_gradient() -> None:
     block = costs.block_cost(64, 4.0, 10)
     assert block.weight_gradient_flops == 2 * 12 * 64 * 64 * 10
     assert block.backward_flops == 2 * block.forward_flops
 
 
-def test_saved_values_match_measurement():
+def test_saved_values_match_measurement() -> None:
     """Measured saved tensors of DeepMIM ViT-B/12 in fp32, MB per image: joint, local backward."""
     config = model("deepmim_vit_b_12", masked_query=False)
     joint = costs.model_cost(config)
@@ -102,7 +109,7 @@ def test_saved_values_match_measurement():
 
 
 @pytest.mark.parametrize("queries", [None, 30])
-def test_activation_bytes_under_autocast(queries):
+def test_activation_bytes_under_autocast(queries: int | None) -> None:
     """What autograd keeps of a block, from batches of 1 and 3: parameters' copies fall out."""
     torch = pytest.importorskip("torch")
     from deepmim_scale.models.blocks import DecoderBlock, transformer_block
@@ -112,9 +119,9 @@ def test_activation_bytes_under_autocast(queries):
     ids = None if queries is None else torch.arange(queries).unsqueeze(0)
 
     def saved_bytes(batch: int) -> int:
-        storages = {}
+        storages: dict[int, tuple[int, Tensor]] = {}
 
-        def pack(tensor):
+        def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
             return tensor
@@ -130,7 +137,7 @@ def test_activation_bytes_under_autocast(queries):
     assert counted == pytest.approx(measured, rel=0.02)
 
 
-def test_memory_of_a_model_under_autocast():
+def test_memory_of_a_model_under_autocast() -> None:
     """Local backward of 4 blocks and a decoder; CPU gathers keep more than the GPU's kernels."""
     torch = pytest.importorskip("torch")
     from deepmim_scale.models import build_model, local_backward
@@ -141,7 +148,7 @@ def test_memory_of_a_model_under_autocast():
     config = model("deepmim_vit_b_12", depth=4, taps=(4,))
     network = build_model(config)
 
-    def step(batch):
+    def step(batch: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             images = torch.randn(batch, 3, config.img_size, config.img_size)
             local_backward(network, images, noise=torch.rand(batch, config.num_patches))
@@ -152,7 +159,7 @@ def test_memory_of_a_model_under_autocast():
     assert memory.encoder + memory.largest_decoder == pytest.approx(large - small, rel=0.06)
 
 
-def test_teacher():
+def test_teacher() -> None:
     """CLIP's ViT-B/16: open_clip's own parameters and FLOPs; students are counted without it."""
     config = model("deepmim_clip_vit_b_12")
     teacher = costs.teacher_cost(config)
@@ -178,11 +185,11 @@ def test_teacher():
     assert costs.stage_cost(model("deepmim_vit_b_12"), 0, 8).teacher == costs.Cost()
 
 
-def test_boundary_bytes():
+def test_boundary_bytes() -> None:
     """16-bit bytes of a micro-batch of 128 at each segment's end of MIRL ViT-B-48."""
     config, images = model("mirl_vit_b_48"), 128
 
-    def size(config: costs.ModelConfig, block: int, precision: Precision) -> int:
+    def size(config: ModelConfig, block: int, precision: Precision) -> int:
         return images * num_bytes(method_of(config).boundary(config, block), precision)
 
     hidden = size(model("deepmim_vit_b_48"), 12, Precision.PURE_BFLOAT16)
@@ -196,7 +203,7 @@ def test_boundary_bytes():
 
 
 @pytest.mark.parametrize("replicas", [1, 3, 8])
-def test_zero2_state(replicas):
+def test_zero2_state(replicas: int) -> None:
     """fp32 weights and their 16-bit copy, fp32 gradients, 12 bytes of optimizer; the teacher."""
     student, teacher = costs.Cost(trainable=24_000), costs.Cost(frozen=1000)
     cost = costs.StageCost(student, costs.Cost(), costs.Cost())
@@ -211,7 +218,7 @@ def test_zero2_state(replicas):
     )
 
 
-def test_zero2_traffic():
+def test_zero2_traffic() -> None:
     """Two ranks, measured: an all-reduce of 2 bytes a parameter, an all-gather of fp32 weights."""
     cost = costs.StageCost(costs.Cost(trainable=1000), costs.Cost(), costs.Cost())
     assert costs.zero2_traffic_bytes(cost, 2) == 2 * 1000 + 2 * 1000
@@ -239,11 +246,11 @@ def test_zero2_traffic():
         ("NVIDIA GH200 480GB", None),
     ],
 )
-def test_gpu_named(name, key):
+def test_gpu_named(name: str, key: str | None) -> None:
     assert gpu_named(name) == (GPUS[key] if key else None)
 
 
-def test_known_gpu(monkeypatch):
+def test_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from deepmim_scale.train.metrics import known_gpu
 
@@ -254,7 +261,7 @@ def test_known_gpu(monkeypatch):
     assert known_gpu(torch.device("cpu")) is None
 
 
-def test_mfu_of_the_papers():
+def test_mfu_of_the_papers() -> None:
     """MAE and DeepMIM ViT-B, 1600 epochs on 32 V100 in 108 and 115 hours."""
     for preset, hours, expected in (("mae_vit_b_12", 108, 0.077), ("deepmim_vit_b_12", 115, 0.114)):
         flops = costs.model_cost(model(preset, masked_query=False)).whole.training_flops
@@ -264,7 +271,7 @@ def test_mfu_of_the_papers():
 
 @pytest.mark.parametrize("masked_query", [False, True])
 @pytest.mark.parametrize("preset", ["debug", "debug_mae", "debug_mirl"])
-def test_equals_flop_counter_on_our_models(preset, masked_query):
+def test_equals_flop_counter_on_our_models(preset: str, masked_query: bool) -> None:
     """torch's FlopCounterMode on the models themselves, unfused attention, digit for digit."""
     torch = pytest.importorskip("torch")
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -286,3 +293,14 @@ def test_equals_flop_counter_on_our_models(preset, masked_query):
         assert counter.get_total_flops() == num_images * whole.forward_flops
         loss.backward()
         assert counter.get_total_flops() == num_images * whole.training_flops
+
+
+def test_the_teacher_is_the_one_that_is_named() -> None:
+    """Sizes of open_clip's ViT-L are three times those of the default ViT-B."""
+    pytest.importorskip("open_clip")
+    base = load_preset("deepmim_clip_vit_b_12").model
+    large = base.replace(teacher="ViT-L-14", teacher_dim=768)
+    costs_of = costs.teacher_cost(base), costs.teacher_cost(large)
+    assert costs_of[1].forward_flops > 3 * costs_of[0].forward_flops
+    assert costs_of[1].frozen > 3 * costs_of[0].frozen
+    assert costs.teacher_cost(base.replace(target="pixel")).frozen == 0

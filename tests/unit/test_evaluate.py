@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 
 from deepmim_scale.batch import masking_from_noise
 from deepmim_scale.cli import main
 from deepmim_scale.evaluate import probes
 from deepmim_scale.evaluate.classes import open_classes
 from deepmim_scale.evaluate.features import load_model, pool
+from deepmim_scale.models.stage import State
+
+Damage = Callable[[Path], object]
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 190, 40), "red": (210, 30, 20)}
 
@@ -39,14 +44,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("preset", ["debug", "debug_mirl"])
-def test_hidden_states_are_what_decoders_see(preset: str, finished_run) -> None:
+def test_hidden_states_are_what_decoders_see(
+    preset: str, finished_run: Callable[[str], Path]
+) -> None:
     """The encoder's own path with nothing masked; MIRL's decoders see them through a carry."""
     model = load_model(finished_run(preset))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     order = torch.arange(64.0).expand(2, -1)
-    seen = {}
+    seen: dict[str, Tensor] = {}
 
-    def tap(name, tensors):
+    def tap(name: str, tensors: State) -> State:
         seen[name] = tensors[-1]
         return tensors
 
@@ -70,7 +77,7 @@ def test_pools() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_weighted_knn_equals_scikit_learn(k: int, monkeypatch) -> None:
+def test_weighted_knn_equals_scikit_learn(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "ROWS", 7)
     random = np.random.default_rng(k)
     labels, expected = random.integers(0, 3, 60), random.integers(0, 3, 25)
@@ -94,7 +101,13 @@ def test_linear_probe_learns_what_is_linear() -> None:
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear"])
-def test_command(probe: str, data: Path, finished_run, tmp_path: Path, capsys) -> None:
+def test_command(
+    probe: str,
+    data: Path,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "table.json"
     words = ["--k", "5"] if probe == "knn" else []
     main(
@@ -135,11 +148,19 @@ def _flat(data: Path) -> None:
         file.rename(data / "train" / f"{file.parent.name}{file.name}")
 
 
-def _remove(*paths: str):
-    return lambda data: [shutil.rmtree(data / path) for path in paths]
+def _remove(*paths: str) -> Damage:
+    def damage(data: Path) -> None:
+        for path in paths:
+            place = data / path
+            if place.is_dir():
+                shutil.rmtree(place)
+            else:
+                place.unlink()
+
+    return damage
 
 
-CASES = {
+CASES: dict[str, tuple[str, list[str], Damage, str]] = {
     "no val": ("knn", [], _remove("val"), "has no val; needs"),
     "no classes": ("knn", [], _flat, "train: has no classes; needs a folder for each"),
     "single class": ("knn", [], _remove("train/red", "train/green"), "the single class blue"),
@@ -152,14 +173,20 @@ CASES = {
     "few images": (
         "linear",
         [],
-        lambda data: [(data / f"train/red/{n}.png").unlink() for n in (0, 1)],
+        _remove("train/red/0.png", "train/red/1.png"),
         "4 training images of class red",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_mistakes(name: str, data: Path, finished_run, tmp_path: Path, capsys) -> None:
+def test_mistakes(
+    name: str,
+    data: Path,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     probe, words, damage, expected = CASES[name]
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
@@ -171,7 +198,9 @@ def test_mistakes(name: str, data: Path, finished_run, tmp_path: Path, capsys) -
     assert expected in message
 
 
-def test_digits_checks_its_output_first(finished_run, capsys) -> None:
+def test_digits_checks_its_output_first(
+    finished_run: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "digits", str(finished_run("quickstart")), "--json", "/proc/nowhere/x"])
     captured = capsys.readouterr()

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -33,7 +34,7 @@ from deepmim_scale.runs.folder import step_folder
 from deepmim_scale.settings import FrozenConfig
 
 METHODS = ["debug", "debug_mae", "debug_mirl"]
-EXACT = {"rtol": 1e-6, "atol": 1e-6}
+EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def export(run: Path, layout: str, output: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from deepmim_scale.runs.folder import load_run_config, read_metrics
 from deepmim_scale.train.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
+SMALL: dict[str, Any] = {
     "img_size": 24,
     "patch_size": 8,
     "embed_dim": 16,
@@ -139,7 +140,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, mae: Path, data: Path, tmp_path: Path, capsys) -> None:
+def test_bad_input(
+    name: str, mae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags, expected = BAD[name]
     more = ["--taps=2,3,4", *flags.replace("MAE", str(mae)).split()]
     with pytest.raises(SystemExit) as stop:
@@ -150,7 +153,9 @@ def test_bad_input(name: str, mae: Path, data: Path, tmp_path: Path, capsys) -> 
     assert expected in err
 
 
-def test_generator_must_be_an_mae(mae: Path, data: Path, tmp_path: Path, capsys) -> None:
+def test_generator_must_be_an_mae(
+    mae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "deepmim"
     run.mkdir()
     text = (mae / "config.json").read_text().replace('"mae"', '"deepmim"')

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
+from deepmim_scale.config import RunConfig
 from deepmim_scale.models import build_model
 from deepmim_scale.presets import debug, debug_mirl, load_preset
 from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_learning_rate
 
 
 @pytest.mark.parametrize("preset", [debug, debug_mirl])
-def test_groups(preset) -> None:
+def test_groups(preset: Callable[[], RunConfig]) -> None:
     model = build_model(preset, device="meta")
     plain, decayed = parameter_groups(model, 0.05)
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)

@@ -9,8 +9,8 @@ from itertools import pairwise, product
 import pytest
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.parallel.p2p import channels_of
-from deepmim_scale.pipeline.ir import Schedule
+from deepmim_scale.parallel.p2p import Channel, channels_of
+from deepmim_scale.pipeline.ir import Message, Payload, Schedule
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.presets import load_preset
 
@@ -33,29 +33,35 @@ def schedule_of(
         pytest.skip("no legal combination")
 
 
+def channel_of(schedule: Schedule, message: Message) -> Channel:
+    payload, source, target, _ = message
+    assert payload is not None, f"{message} carries nothing"
+    assert source is not None, f"{message} has no source"
+    assert target is not None, f"{message} has no target"
+    rank_of = schedule.pipeline.rank_of
+    return payload, rank_of(source), rank_of(target)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
 def test_a_channel_carries_its_messages_in_one_order(way: tuple[str, int, str, str]) -> None:
     schedule = schedule_of(*way)
-    rank_of = schedule.pipeline.rank_of
-    orders: dict[str, dict[tuple, list]] = {"send": {}, "receive": {}}
+    orders: dict[str, dict[Channel, list[Message]]] = {"send": {}, "receive": {}}
     for rank in schedule.ranks:
         for step in rank:
             if step.payload is not None:
-                payload, source, target, _ = step.message
-                channel = payload, rank_of(source), rank_of(target)
+                channel = channel_of(schedule, step.message)
                 orders[step.kind].setdefault(channel, []).append(step.message)
     assert orders["send"] == orders["receive"]
     assert channels_of(schedule) == sorted(orders["send"])
 
 
-Lane = Callable[[str, int, int], Hashable]
+Lane = Callable[[Payload, int, int], Hashable]
 
 
 def finishes(schedule: Schedule, lane: Lane) -> bool:
     """Replay under NCCL's rules: on a communicator (`lane`) messages pass one by one at both ends,
     and one that both ends have reached passes; a send lets its rank go on, a receive does not."""
-    rank_of = schedule.pipeline.rank_of
-    queues: dict[tuple[int, Hashable], deque] = defaultdict(deque)
+    queues: dict[tuple[int, Hashable], deque[tuple[Message, tuple[int, int]]]] = defaultdict(deque)
     left = [deque(rank) for rank in schedule.ranks]
     begun, passed = set(), set()
     moved = True
@@ -65,9 +71,9 @@ def finishes(schedule: Schedule, lane: Lane) -> bool:
             while steps:
                 step = steps[0]
                 if step.payload is not None and (rank, step) not in begun:
-                    payload, source, target, _ = step.message
-                    ends = rank_of(source), rank_of(target)
-                    queues[rank, lane(payload, *ends)].append((step.message, ends))
+                    payload, source, target = channel_of(schedule, step.message)
+                    way = lane(payload, source, target)
+                    queues[rank, way].append((step.message, (source, target)))
                     begun.add((rank, step))
                     moved = True
                 if step.kind == "receive" and step.message not in passed:

@@ -20,12 +20,12 @@ PACKAGE = ROOT / "deepmim_scale"
 # annotations alone (`if TYPE_CHECKING`) are no arrows: nothing runs through them.
 ORDER = [
     ["errors", "precision"],
-    ["settings"],
+    ["settings", "json_file"],
     ["methods"],
     ["batch", "images"],
     ["objectives"],
     ["config"],
-    ["presets"],
+    ["presets", "flags"],
     ["arguments"],
     ["ds_config"],
     ["pipeline"],
@@ -81,9 +81,11 @@ def running_code(path: Path) -> Iterator[ast.AST]:
     while todo:
         node = todo.pop()
         yield node
-        for child in ast.iter_child_nodes(node):
-            if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-                todo.append(child)
+        todo.extend(
+            child
+            for child in ast.iter_child_nodes(node)
+            if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING")
+        )
 
 
 def imported(path: Path) -> set[str]:

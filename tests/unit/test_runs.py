@@ -84,7 +84,7 @@ FREE = {
     "print_every": 3,
     "save_every": 4,
     "keep_checkpoints": 5,
-    "keep_every": 8,
+    "keep_every": 2000,
     "validate_every": 0.0,
 }
 
@@ -111,11 +111,12 @@ def test_paths_are_saved_absolute_and_compared_resolved(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pt").touch()
+    for name in ("mae", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
     paths = {
         "data": "pictures",
         "deepspeed_config": "ds.json",
         "hybrid": "runs/mae",
-        "teacher": "local-dir:clip",
         "teacher_weights": "weights.pt",
     }
     config = run(Path("runs/a"), **paths)
@@ -125,8 +126,7 @@ def test_paths_are_saved_absolute_and_compared_resolved(
     assert saved.data == str(tmp_path / "pictures")
     assert saved.output == str(tmp_path / "runs/a")
     assert saved.deepspeed_config == str(tmp_path / "ds.json")
-    assert saved.hybrid == str(tmp_path / "runs/mae")
-    assert saved.teacher == f"local-dir:{tmp_path}/clip"
+    assert saved.model.teacher == str(tmp_path / "runs/mae")
     assert saved.teacher_weights == str(tmp_path / "weights.pt")
     assert check_output(config)
     # From another folder, through a link, and back to what an older version saved.
@@ -134,11 +134,12 @@ def test_paths_are_saved_absolute_and_compared_resolved(
     assert check_output(RunConfig(**(dict(config) | {"hybrid": f"{tmp_path}/link/runs/mae"})))
     (tmp_path / "runs/a" / CONFIG).write_text(config.model_dump_json())
     assert check_output(saved)
-    with pytest.raises(UserError, match=r"hybrid .*runs/mae -> .*runs/other"):
+    with pytest.raises(UserError, match=r"teacher .*runs/mae -> .*runs/other"):
         check_output(RunConfig(**(dict(config) | {"hybrid": "runs/other"})))
-    tag = run(tmp_path / "b", teacher_weights="openai")
+    tag = run(tmp_path / "b", teacher_weights="openai", teacher="local-dir:clip")
     write_config(tag)
     assert load_run_config(tag.output).teacher_weights == "openai", "a tag is no path"
+    assert load_run_config(tag.output).model.teacher == f"local-dir:{tmp_path}/clip"
 
 
 @pytest.mark.parametrize("end", ["", "{", '{"step": 3'])

@@ -1,17 +1,22 @@
 """Every generated schedule is legal, and the validator finds every kind of damage."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepmim_scale.pipeline.builders import SchedulingProblem
+from deepmim_scale.methods.base import Placement
+from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem
 from deepmim_scale.pipeline.files import instructions_to_json
-from deepmim_scale.pipeline.ir import Durations, Instruction, Pipeline
+from deepmim_scale.pipeline.ir import Durations, Instruction, Kind, Payload, Pipeline, Schedule
 from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.pipeline.simulate import Deadlock, Memory
 from deepmim_scale.pipeline.validate import ScheduleError, validate
+
+Steps = list[Instruction]
+Edit = Callable[[Steps], object]
 
 NAMES = ("gpipe", "1f1b", "dib", "dib_w", "zb_h1")
 
@@ -19,7 +24,7 @@ NAMES = ("gpipe", "1f1b", "dib", "dib_w", "zb_h1")
 def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0) -> Durations:
     """Uneven but fixed durations."""
     backward = 1 if split else 2
-    compute = {}
+    compute: dict[tuple[Kind, int], float] = {}
     for stage in range(num_stages):
         encoder, decoder = 1 + (seed * (stage + 1)) % 3, 1 + (seed + stage) % 4
         compute |= {
@@ -31,11 +36,13 @@ def times_of(num_stages: int, split: bool, seed: int = 3, transfer: float = 0.0)
             ("decoder_weight_gradient", stage): decoder,
             ("encoder_weight_gradient", stage): encoder,
         }
-    payloads = ("activation", "gradient", "prediction", "prediction_gradient")
+    payloads: tuple[Payload, ...] = ("activation", "gradient", "prediction", "prediction_gradient")
     return Durations(compute, {(p, s): transfer for p in payloads for s in range(num_stages)})
 
 
-def make(name, pipeline, num_microbatches, seed=3, transfer=0.0):
+def make(
+    name: str, pipeline: Pipeline, num_microbatches: int, seed: int = 3, transfer: float = 0.0
+) -> BuiltSchedule:
     times = times_of(pipeline.num_stages, name in ("dib_w", "zb_h1"), seed, transfer)
     memory = [Memory(10, 8, 4)] * pipeline.num_stages
     return build_schedule(name, SchedulingProblem(pipeline, num_microbatches, times, memory))
@@ -50,7 +57,9 @@ def make(name, pipeline, num_microbatches, seed=3, transfer=0.0):
     transfer=st.sampled_from([0.0, 0.3]),
     local=st.booleans(),
 )
-def test_linear_schedules_are_legal(name, decoders, num_microbatches, seed, transfer, local):
+def test_linear_schedules_are_legal(
+    name: str, decoders: list[bool], num_microbatches: int, seed: int, transfer: float, local: bool
+) -> None:
     pipeline = Pipeline(len(decoders), tuple(decoders), local_gradients=local)
     validate(make(name, pipeline, num_microbatches, seed, transfer).schedule)
 
@@ -64,7 +73,14 @@ def test_linear_schedules_are_legal(name, decoders, num_microbatches, seed, tran
     seed=st.integers(0, 11),
     transfer=st.sampled_from([0.0, 0.3]),
 )
-def test_pair_schedules_are_legal(name, num_ranks, placement, num_microbatches, seed, transfer):
+def test_pair_schedules_are_legal(
+    name: str,
+    num_ranks: int,
+    placement: Placement,
+    num_microbatches: int,
+    seed: int,
+    transfer: float,
+) -> None:
     stages = num_ranks * (2 if placement == "v" else 1)
     pipeline = Pipeline(num_ranks, (True,) * stages, placement, paired=True)
     schedule = make(name, pipeline, num_microbatches, seed, transfer).schedule
@@ -74,7 +90,7 @@ def test_pair_schedules_are_legal(name, num_ranks, placement, num_microbatches, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_order_of_accumulation_is_the_same(name):
+def test_order_of_accumulation_is_the_same(name: str) -> None:
     """Per stage, every kind that adds to a gradient takes micro-batches as 0, 1, 2, ..."""
     schedule = make(name, Pipeline(3, (True, False, True)), 5).schedule
     adding = (
@@ -90,7 +106,7 @@ def test_order_of_accumulation_is_the_same(name):
             assert found in ([], [0, 1, 2, 3, 4]), (rank, kind, found)
 
 
-def test_1f1b_is_the_textbook_order():
+def test_1f1b_is_the_textbook_order() -> None:
     schedule = make("1f1b", Pipeline(2, (False, False)), 3).schedule
     short = [
         "".join(f"{step.kind[0]}{step.microbatch} " for step in rank if step.payload is None)
@@ -99,13 +115,13 @@ def test_1f1b_is_the_textbook_order():
     assert short == ["f0 f1 e0 f2 e1 e2 f-1 ", "f0 e0 f1 e1 f2 e2 f-1 "]
 
 
-def test_v_places_pairs_on_one_rank():
+def test_v_places_pairs_on_one_rank() -> None:
     pipeline = Pipeline(3, (True,) * 6, "v", paired=True)
     assert [pipeline.stages_of(rank) for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
     assert all(pipeline.rank_of(s) == pipeline.rank_of(pipeline.partner(s)) for s in range(6))
 
 
-def damaged(schedule, rank, edit):
+def damaged(schedule: Schedule, rank: int, edit: Edit) -> Schedule:
     instructions = list(schedule.ranks[rank])
     edit(instructions)
     ranks = list(schedule.ranks)
@@ -113,8 +129,8 @@ def damaged(schedule, rank, edit):
     return replace(schedule, ranks=tuple(ranks))
 
 
-def swap(first, second):
-    def edit(steps):
+def swap(first: Instruction, second: Instruction) -> Edit:
+    def edit(steps: Steps) -> None:
         i, j = steps.index(first), steps.index(second)
         steps[i], steps[j] = steps[j], steps[i]
 
@@ -123,7 +139,7 @@ def swap(first, second):
 
 FORWARD_1 = Instruction("forward", 1, 0)
 RECEIVE_1 = Instruction("receive", 1, 0, "activation", 0)
-DAMAGE = {
+DAMAGE: dict[str, tuple[int, Edit, str]] = {
     "missing receive": (1, lambda steps: steps.remove(RECEIVE_1), "0 receives, not 1"),
     "double send": (
         0,
@@ -153,19 +169,19 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_validator_finds_damage(name):
+def test_validator_finds_damage(name: str) -> None:
     rank, edit, message = DAMAGE[name]
     schedule = make("dib_w", Pipeline(2, (True, True)), 2).schedule
     with pytest.raises(ScheduleError, match=message):
         validate(damaged(schedule, rank, edit))
 
 
-def test_validator_finds_deadlock():
+def test_validator_finds_deadlock() -> None:
     """Rank 0 waits for a gradient before it sends the activation that the gradient needs."""
     schedule = make("dib", Pipeline(2, (False, False)), 1).schedule
     receive = Instruction("receive", 0, 0, "gradient", 1)
 
-    def edit(steps):
+    def edit(steps: Steps) -> None:
         steps.remove(receive)
         steps.insert(0, receive)
 
@@ -173,7 +189,7 @@ def test_validator_finds_deadlock():
         validate(damaged(schedule, 0, edit))
 
 
-def test_validator_finds_memory():
+def test_validator_finds_memory() -> None:
     built = make("gpipe", Pipeline(2, (True, True)), 4)
     memory = [Memory(10, 8, 4)] * 2
     assert max(built.peaks) == 4 * 18
@@ -182,7 +198,7 @@ def test_validator_finds_memory():
         validate(built.schedule, memory, 71)
 
 
-def test_json_has_no_empty_fields():
+def test_json_has_no_empty_fields() -> None:
     schedule = make("1f1b", Pipeline(2, (True, True)), 1).schedule
     first, second = instructions_to_json(schedule, 1)[:2]
     assert first == {

@@ -1,10 +1,13 @@
 """Simulated schedules against closed forms and against the published-style table of notes."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from deepmim_scale.pipeline import builders
-from deepmim_scale.pipeline.builders import SchedulingProblem
-from deepmim_scale.pipeline.ir import Durations, Pipeline
+from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem
+from deepmim_scale.pipeline.ir import Durations, Instruction, Kind, Payload, Pipeline
 from deepmim_scale.pipeline.list_scheduler import list_order
 from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.pipeline.simulate import Memory, peak_activation_bytes, simulate
@@ -30,10 +33,10 @@ STUDY = [
 ]
 
 
-def times(forward, decoder, split):
+def times(forward: Sequence[float], decoder: Sequence[float], split: bool) -> Durations:
     """A gradient with respect to inputs or to weights takes as long as the forward."""
     backward = 1 if split else 2
-    compute = {}
+    compute: dict[tuple[Kind, int], float] = {}
     for stage, (f, d) in enumerate(zip(forward, decoder, strict=True)):
         compute |= {
             ("forward", stage): f,
@@ -47,7 +50,13 @@ def times(forward, decoder, split):
     return Durations(compute, {})
 
 
-def built(name, forward, decoder, num_microbatches, memory=None):
+def built(
+    name: str,
+    forward: Sequence[float],
+    decoder: Sequence[float],
+    num_microbatches: int,
+    memory: Sequence[Memory] | None = None,
+) -> BuiltSchedule:
     split = name in ("zb_h1", "dib_w")
     pipeline = Pipeline(len(forward), tuple(d > 0 for d in decoder))
     memory = memory or [Memory(1, 1, 1)] * len(forward)
@@ -58,7 +67,7 @@ def built(name, forward, decoder, num_microbatches, memory=None):
 
 @pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 2), (4, 4), (4, 8), (8, 16), (5, 7)])
 @pytest.mark.parametrize("decoder", [0.0, 2.0])
-def test_closed_forms(p, m, decoder):
+def test_closed_forms(p: int, m: int, decoder: float) -> None:
     idle = {
         name: built(name, [1.0] * p, [decoder] * p, m).timeline.idle_fraction
         for name in ("1f1b", "gpipe", "zb_h1")
@@ -68,7 +77,7 @@ def test_closed_forms(p, m, decoder):
     assert idle["zb_h1"] == pytest.approx((p - 1) / (3 * m + p - 1))
 
 
-def study_stage(depth, stages, index):
+def study_stage(depth: int, stages: int, index: int) -> tuple[float, float]:
     """Forward GFLOP of encoder and decoder; the patch embedding trains in 2 of 3 parts."""
     config = load_preset("deepmim_vit_b_48").model
     config = config.replace(masked_query=False)
@@ -78,11 +87,16 @@ def study_stage(depth, stages, index):
     return encoder, costs.decoder_cost(config, 0).forward_flops / 1e9
 
 
+def study_stages(depth: int, stages: int) -> tuple[list[float], list[float]]:
+    """Forward GFLOP of every stage's encoder, and of its decoder."""
+    each = [study_stage(depth, stages, index) for index in range(stages)]
+    return [encoder for encoder, _ in each], [decoder for _, decoder in each]
+
+
 @pytest.mark.parametrize("row", STUDY, ids=str)
-def test_study(row, capsys):
+def test_study(row: tuple[Any, ...], capsys: pytest.CaptureFixture[str]) -> None:
     depth, _, p, m, *expected = row
-    stages = [study_stage(depth, p, index) for index in range(p)]
-    forward, decoder = zip(*stages, strict=True)
+    forward, decoder = study_stages(depth, p)
     found = {n: built(n, forward, decoder, m) for n in ("1f1b", "zb_h1", "dib", "dib_w")}
     base = found["1f1b"].timeline.makespan
     idle = [100 * found[name].timeline.idle_fraction for name in found]
@@ -100,7 +114,7 @@ def test_study(row, capsys):
     assert speedup[1] >= 0.97 * expected[5]
 
 
-def test_dib_uses_less_memory_than_1f1b():
+def test_dib_uses_less_memory_than_1f1b() -> None:
     """ViT-B/12 with a decoder on each of 4 stages, MB per image, all in 16 bits as in the table."""
     config = load_preset("deepmim_vit_b_12").model.replace(masked_query=False)
     encoder = 3 * 2 * costs.encoder_block_cost(config).saved_values
@@ -108,14 +122,13 @@ def test_dib_uses_less_memory_than_1f1b():
     memory = [Memory(encoder, decoder, decoder)] * 4
     peaks = {}
     for name in ("1f1b", "dib", "dib_w"):
-        stages = [study_stage(12, 4, index) for index in range(4)]
-        peaks[name] = max(built(name, *zip(*stages, strict=True), 8, memory).peaks) / 1e6
+        peaks[name] = max(built(name, *study_stages(12, 4), 8, memory).peaks) / 1e6
     assert peaks["1f1b"] == pytest.approx(70, rel=0.03)
     assert peaks["dib"] <= 28
     assert peaks["dib_w"] <= 28 * 1.03
 
 
-def test_peak_by_hand():
+def test_peak_by_hand() -> None:
     """Fused decoders count one at a time; 1f1b holds p micro-batches on the first stage."""
     memory = [Memory(10, 6, 4)] * 2
     assert built("1f1b", [1, 1], [1, 1], 4, memory).peaks == (32, 16)
@@ -124,7 +137,7 @@ def test_peak_by_hand():
     assert peak_activation_bytes(schedule, memory[:1]) == (14,)
 
 
-def test_transfer_times_by_hand():
+def test_transfer_times_by_hand() -> None:
     """One micro-batch, two stages: forward, activation, forward, backward, gradient, backward."""
     schedule = built("dib", [1.0, 1.0], [0.0, 0.0], 1).schedule
     timeline = simulate(
@@ -139,10 +152,10 @@ def test_transfer_times_by_hand():
     assert timeline.idle == pytest.approx((1 - 3 / 6.75,) * 2)
 
 
-def test_no_transfer_overlaps_computation():
+def test_no_transfer_overlaps_computation() -> None:
     """A receiver that comes late waits for the whole transfer: 2 micro-batches of gpipe by hand."""
     schedule = built("gpipe", [1.0, 3.0], [0.0, 0.0], 2).schedule
-    transfer = {("activation", 0): 0.5, ("gradient", 1): 0.25}
+    transfer: dict[tuple[Payload, int], float] = {("activation", 0): 0.5, ("gradient", 1): 0.25}
     timeline = simulate(schedule, Durations(times([1.0, 3.0], [0.0, 0.0], False).compute, transfer))
     # Stage 1: receive from 1 to 1.5, forward to 4.5; the second activation, sent at 2, to 5.
     receives = [(e.start, e.end) for e in timeline.events if e.instruction.kind == "receive"]
@@ -153,10 +166,11 @@ def test_no_transfer_overlaps_computation():
     assert timeline.receiving == (0.5, 1.0)
 
 
-def test_search_knows_of_transfers():
+def test_search_knows_of_transfers() -> None:
     """It gives a rank that can receive or compute what the simulation then does at once."""
     compute = times([1.0] * 3, [1.5] * 3, False).compute
-    transfer = {(p, s): 0.4 for p in ("activation", "gradient") for s in range(3)}
+    payloads: tuple[Payload, ...] = ("activation", "gradient")
+    transfer = {(p, s): 0.4 for p in payloads for s in range(3)}
     pipeline, memory = Pipeline(3, (True,) * 3), [Memory(1, 1, 1)] * 3
     slow = build_schedule(
         "dib", SchedulingProblem(pipeline, 6, Durations(compute, transfer), memory)
@@ -170,21 +184,21 @@ def test_search_knows_of_transfers():
 
 
 @pytest.mark.parametrize("name", ["dib", "dib_w"])
-def test_many_microbatches_are_planned_quickly(name, monkeypatch):
+def test_many_microbatches_are_planned_quickly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond 4 per rank one policy is carried out, as good as the search over all of them."""
-    counts = []
+    counts: list[int] = []
 
-    def counted(pipeline, count, *rest):
+    def counted(pipeline: Pipeline, count: int, *rest: Any) -> list[list[Instruction]]:
         counts.append(count)
         return list_order(pipeline, count, *rest)
 
     monkeypatch.setattr(builders, "list_order", counted)
-    stages = [study_stage(12, 4, index) for index in range(4)]
-    quick = built(name, *zip(*stages, strict=True), 40)
+    stages = study_stages(12, 4)
+    quick = built(name, *stages, 40)
     assert max(counts) == 40
     assert counts.count(40) == 1
     assert counts.count(16) == len(counts) - 1
     monkeypatch.setattr(builders, "SEARCHED_MICROBATCHES", 10)
-    best = built(name, *zip(*stages, strict=True), 40)
+    best = built(name, *stages, 40)
     assert quick.timeline.makespan <= 1.01 * best.timeline.makespan
-    assert max(quick.peaks) <= max(built("1f1b", *zip(*stages, strict=True), 40).peaks)
+    assert max(quick.peaks) <= max(built("1f1b", *stages, 40).peaks)

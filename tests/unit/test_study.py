@@ -184,9 +184,11 @@ def test_rows(tmp_path: Path) -> None:
     args = study(tmp_path, *SMALL, "--depths", "4", "--stages", "2,3")
     steps = np.arange(12.0)
     falling = [5.0 - 0.1 * step for step in range(12)]
-    write_run(tmp_path, "d4_p1_dib_r0", 100 + steps, falling)
+    write_run(tmp_path, "d4_p1_dib_r0", (100 + steps).tolist(), falling)
     write_run(tmp_path, "d4_p2_1f1b_r0", [1.0, 1.0, *(50 + steps[2:])], falling)
-    write_run(tmp_path, "d4_p2_dib_r0", 200 + steps, [*falling[:5], None, *falling[6:11], 4.0])
+    write_run(
+        tmp_path, "d4_p2_dib_r0", (200 + steps).tolist(), [*falling[:5], None, *falling[6:11], 4.0]
+    )
     rows = {
         row["schedule"] + str(row["stages"]): row
         for row in report.build_rows(args, build_cells(args))
@@ -370,7 +372,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
 MISTAKES = {
     "--preset debug": "data: missing; give an image folder, or --dry-run",
     "--dry-run --preset vit": "preset=vit: unknown; choose one of quickstart",
-    "--dry-run --depths 4,x": "--depths: 4,x: must be numbers as 12,24",
+    "--dry-run --depths 4,x": "depths=4,x: must be whole numbers as 12,24",
     "--dry-run --depths 0": "depths=0: must be positive",
     "--dry-run --schedules dib,zb": "schedules=zb: unknown; use gpipe, 1f1b, dib, dib_w",
     "--dry-run --steps 5": "warmup_steps=10: must be less than steps=5",

@@ -1,0 +1,153 @@
+"""`plan` and `schedule`: their files, warnings and messages."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from deepmim_scale.arguments import parse
+from deepmim_scale.cli import COMMANDS
+from deepmim_scale.errors import UserError
+
+
+def run(command: str, *flags: str) -> None:
+    module, arguments, function, _ = COMMANDS[command]
+    code = importlib.import_module(f"deepmim_scale.{module}")
+    given = parse(getattr(code, arguments), flags, prog=command)
+    getattr(code, function)(given)
+
+
+def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    run(
+        "plan",
+        "--preset",
+        "mirl_vit_b_48",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "8",
+        "--gpu",
+        "v100-32g",
+        "--network",
+        "25gbe",
+        "--json",
+        str(path),
+    )
+    report = json.loads(path.read_text())
+    assert report["best"] == report["plans"][0]
+    fields = {
+        "stages",
+        "replicas",
+        "microbatch",
+        "schedule",
+        "step_seconds",
+        "images_per_second",
+        "memory_bytes",
+    }
+    assert all(fields <= plan.keys() for plan in report["plans"])
+    assert "best: data parallelism alone, --stages 1" in capsys.readouterr().out
+
+
+def test_schedule_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    run(
+        "schedule",
+        "--preset",
+        "deepmim_vit_b_12",
+        "--taps",
+        "even",
+        "--stages",
+        "4",
+        "--microbatches",
+        "8",
+        "--schedule",
+        "dib_w",
+        "--json",
+        f"{tmp_path}/s.json",
+        "--picture",
+        f"{tmp_path}/s.png",
+        "--trace",
+        f"{tmp_path}/s.trace.json",
+    )
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["layout"] == "3d|3d|3d|3d"
+    assert report["speedup_over_1f1b"] >= 0.97 * 1.32
+    assert len(report["ranks"]) == 4
+    idle = [rank["idle_fraction"] for rank in report["ranks"]]
+    assert sum(idle) / 4 == pytest.approx(report["idle_fraction"])
+    assert all(rank["instructions"][-1]["kind"] == "flush" for rank in report["ranks"])
+    assert all(rank["peak_activation_bytes"] > 0 for rank in report["ranks"])
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    events = json.loads((tmp_path / "s.trace.json").read_text())["traceEvents"]
+    # Every micro-batch of every rank: 2 decoder and 3 encoder instructions.
+    boxes = [event for event in events if event.get("cat") not in (None, "wait")]
+    assert len(boxes) == 4 * 8 * 5
+    end = max(event["ts"] + event["dur"] for event in boxes)
+    assert end == pytest.approx(report["makespan"] * 1e6)
+    assert "1f1b" in capsys.readouterr().out
+
+
+def test_fewer_microbatches_than_stages_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    run("schedule", "--preset", "debug", "--stages", "4", "--microbatches", "2")
+    assert "idle" in capsys.readouterr().err
+
+
+def test_activations_beyond_the_gpu_warn(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--preset deepmim_vit_b_48 --stages 2 --microbatches 8 --schedule gpipe --gpu v100-16g"
+    run("schedule", *flags.split(), "--microbatch-size", "64")
+    warning = capsys.readouterr().err
+    assert "warning: gpu=v100-16g: rank 0: keeps" in warning
+    assert "use a smaller microbatch_size" in warning
+    run("schedule", *flags.split(), "--microbatch-size", "2")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("plan --preset debug --gpu v101", "gpu=v101: unknown; use one of v100-16g"),
+        ("plan --preset debug --network isdn", "network=isdn: unknown; use one of 10gbe"),
+        ("plan --preset debug --nodes 0", "nodes=0: must be positive"),
+        ("plan --preset nope", "preset=nope: unknown"),
+        ("plan --preset debug --global-batch 100", "global_batch=100: .*use a multiple of 64"),
+        ("schedule --preset debug --stages 13 --microbatches 2", "stages=13: deepmim .* 1 to 12"),
+        ("schedule --preset debug --stages 2 --microbatches 0", "microbatches=0: must be positive"),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --placement v",
+            "placement=v: deepmim is defined for placement linear",
+        ),
+        (
+            "schedule --preset debug_mirl --stages 4 --microbatches 2",
+            "stages=4: mirl .* can be cut into 1, 2, 3, 6 stages",
+        ),
+        (
+            "schedule --preset debug_mirl --stages 3 --microbatches 2 --schedule dib_w",
+            "schedule=dib_w: mirl is defined for schedule gpipe, 1f1b, dib",
+        ),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --layout 3d|3d|3d3d",
+            "layout=.*: has 3 stages, but stages=2",
+        ),
+        ("schedule --preset debug --stages 2 --microbatches 2 --taps 5,6", "taps=5,6: must end"),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --microbatch-size -3",
+            "microbatch_size=-3: must be positive",
+        ),
+        ("plan --preset debug --global-batch 0", "global_batch=0: must be positive"),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --picture a.gif",
+            "picture=a.gif: must end in .png or .svg",
+        ),
+        (
+            "schedule --preset debug --stages 2 --microbatches 2 --trace /proc/none/t",
+            "trace=/proc/none/t: cannot be written",
+        ),
+        ("plan --preset debug --json /proc/none/p", "json=/proc/none/p: cannot be written"),
+    ],
+)
+def test_mistakes(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        run(*flags.split())
+    assert "\n" not in str(error.value)
