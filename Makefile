@@ -1,4 +1,4 @@
-# make setup | setup-all | pretrain | test | soak | lint; see README.md.
+# make setup | setup-all | pretrain | test | coverage | soak | lint; see README.md.
 PYTHON ?= python3
 # Another index for torch and torchvision together, e.g. https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
@@ -11,7 +11,7 @@ PINS := $(if $(TORCH_INDEX),,-c constraints.txt)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-all pretrain test soak lint
+.PHONY: setup setup-all pretrain test coverage soak lint
 
 setup: .venv/.setup
 setup-all: .venv/.setup-all
@@ -37,10 +37,17 @@ pretrain: setup
 test: setup-all
 	python -m pytest -m "not soak"
 
+# Apart from `make test`: before Python 3.12 measuring slows everything down.
+coverage: setup-all
+	coverage run -m pytest -m "not soak"
+	coverage combine --quiet
+	coverage report
+
 soak: setup-all
 	python -m pytest -m soak
 
 lint: setup-all
 	ruff check .
 	ruff format --check .
+	codespell
 	mypy

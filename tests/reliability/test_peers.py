@@ -31,9 +31,9 @@ RUN = "import sys; from deepmim_scale.train.pretrain import main; main(sys.argv[
 # Rank 1 fails in its fifth forward, not with one of torch's RuntimeErrors.
 PLANTED = """
 import os
-from deepmim_scale.parallel.executor import Executor
+from deepmim_scale.parallel.step import Step
 
-forward, calls = Executor._forward, []
+forward, calls = Step._forward, []
 
 def fail(self, step):
     calls.append(step)
@@ -41,7 +41,7 @@ def fail(self, step):
         raise KeyError("planted")
     forward(self, step)
 
-Executor._forward = fail
+Step._forward = fail
 """
 LAST_LINE = re.compile(
     r"error: rank (?P<rank>\d), stage (?P<stage>\d), micro-batch [01], instruction [a-z_]+"
@@ -165,7 +165,7 @@ def test_a_rank_with_an_error_of_its_own(photos: str, tmp_path: Path) -> None:
     first, second = said(tmp_path)
     assert "Traceback" in second
     assert re.fullmatch(
-        r"error: rank 1, stage 0, micro-batch 0, instruction forward, in executor\.\w+: "
+        r"error: rank 1, stage 0, micro-batch 0, instruction forward, in step\.\w+: "
         r"KeyError: 'planted'",
         second.splitlines()[-1],
     ), second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -69,3 +70,22 @@ def test_files_that_the_steps_name_exist() -> None:
     assert len(paths) > 15
     missing = [path for path in paths if "NAME" not in path and not (root / path).exists()]
     assert not missing
+
+
+def test_modules_that_the_changelog_renames() -> None:
+    """Each new place exists; each old one is gone."""
+    page = (PAGE.parent / "CHANGELOG.md").read_text()
+    rows = re.findall(r"^\| `(deepmim_scale[\w.]+)` \| `(deepmim_scale[\w.]+)` \|$", page, re.M)
+    assert len(rows) > 15
+
+    def exists(place: str) -> bool:
+        """Whether a module, or a name within one, can be imported."""
+        try:
+            importlib.import_module(place)
+        except ImportError:
+            module, _, name = place.rpartition(".")
+            return module.count(".") > 0 and exists(module) and hasattr(sys.modules[module], name)
+        return True
+
+    assert [new for _, new in rows if not exists(new)] == []
+    assert [old for old, _ in rows if exists(old)] == []
