@@ -23,13 +23,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.groups import new_own_group
-from deepmim_scale.parallel.p2p import Channels
+from deepmim_scale.parallel.p2p import channels_of
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.presets import load_preset
 from deepmim_scale.train.prepare import prepare
@@ -150,34 +148,16 @@ def count_step(config: RunConfig) -> dict[str, Any]:
 
 
 def communicator_collectives() -> int:
-    """Groups that one of 512 ranks takes part in making for a pipeline of 8 stages.
+    """Collectives of all ranks to make the groups of a pipeline of 8 stages on 512 ranks.
 
-    Counted on a rank in the middle, with torch's process group that sends nothing: DeepSpeed's
-    grid, the channels, and the group that brings images to all stages.
+    DeepSpeed's grid makes one for each replica's pipeline, each stage's replicas, each slice and
+    each rank; we make one per channel and replica, and one per replica for the images.
     """
     config = load_preset("deepmim_vit_b_48").replace(stages=STAGES)
-    schedule = training_plan(config, STAGES).built.schedule
-    rank = RANKS // 2 + 1
-    dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
-    calls: Counter[str] = Counter()
-
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    names = [name for name in ("new_group", "split_group") if hasattr(dist, name)]
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            wrapped = counting(name, getattr(dist, name))
-            stack.enter_context(mock.patch.object(dist, name, wrapped))
-        grid = zero.build_grid(STAGES)
-        Channels(schedule, grid.pipe_groups, torch.device("cpu"), config.timeout)
-        new_own_group(grid.pipe_groups[grid.get_data_parallel_rank()])
-    dist.destroy_process_group()
-    return sum(calls.values())
+    replicas = RANKS // STAGES
+    grid = replicas + STAGES + replicas + RANKS
+    channels = len(channels_of(training_plan(config, STAGES).built.schedule))
+    return grid + replicas * (channels + 1)
 
 
 def main() -> None:

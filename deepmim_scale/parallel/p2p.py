@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepmim_scale.parallel.groups import new_own_group
 from deepmim_scale.parallel.stages import TensorRoom
 from deepmim_scale.pipeline.ir import Instruction, Payload, Pipeline, Schedule
 
@@ -61,11 +60,13 @@ class Channels:
         self._groups: dict[Channel, Any] = {}
         # A communicator of two ranks for each channel. On a shared one NCCL carries messages one
         # by one, and a send holds up everything behind it until the other side receives: a ring of
-        # ranks that all send first would never end. The order of making them is that of channels.
+        # ranks that all send first would never end. Every rank takes part in making every group.
         for channel in channels_of(schedule):
-            pair = [self._ranks[channel[1]], self._ranks[channel[2]]]
-            if me in pair:
-                self._groups[channel] = new_own_group(pair, timeout)
+            for ranks in replicas:
+                pair = [ranks[channel[1]], ranks[channel[2]]]
+                group = dist.new_group(pair, timeout=timeout)
+                if me in pair:
+                    self._groups[channel] = group
         self._connect()
 
     def _connect(self) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import UserError
-from deepmim_scale.parallel.groups import members_only
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.pipeline.registry import Reduction
 from deepmim_scale.precision import Precision
@@ -97,7 +96,7 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
 def build_grid(num_stages: int) -> PipelineParallelGrid:
     """Process grid: replicas of a stage adjacent, neighboring stages num_replicas ranks apart."""
     num_replicas = dist.get_world_size() // num_stages
-    with contextlib.redirect_stdout(io.StringIO()), members_only(deepspeed.comm):  # it prints
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
         return PipelineParallelGrid(PipeDataParallelTopology(num_stages, num_replicas))
 
 

@@ -33,7 +33,6 @@ from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.methods import decoder_names, losses_of
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.groups import new_own_group
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.runs.environment import record_start
@@ -153,7 +152,10 @@ class Trainer:
         )
         self.progress.print_main(reason)
         # The loader's collectives run on its own thread: they need a communicator of their own.
-        group = new_own_group(self.grid.pipe_groups[self.dp_rank]) if config.stages > 1 else None
+        # Every rank takes part in making every group, as NCCL demands.
+        groups: list[Any] = [
+            dist.new_group(ranks) for ranks in self.grid.pipe_groups if config.stages > 1
+        ]
         return build_step_loader(
             config,
             self.prepared.train,
@@ -161,7 +163,7 @@ class Trainer:
             Share(self.dp_rank, batch.num_replicas, batch.microbatches),
             Span(self.step, self.total_steps - self.step),
             FeedOptions(config.feed, config.check_feed, config.on_bad),
-            group=group,
+            group=groups[self.dp_rank] if groups else None,
             backend=backend,
             device=self.device,
         )
