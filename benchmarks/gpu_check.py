@@ -183,6 +183,7 @@ def training_step(preset: str, batch: int, backend: Backend) -> tuple[Step, list
     """
     from deepmim_scale.batch import Batch
     from deepmim_scale.ds_config import bundled, load_ds_config, resolve_batch, resolve_ds_config
+    from deepmim_scale.objectives import build_objective
     from deepmim_scale.parallel import zero
     from deepmim_scale.plan.resolve import training_plan
     from deepmim_scale.presets import load_preset
@@ -190,11 +191,12 @@ def training_step(preset: str, batch: int, backend: Backend) -> tuple[Step, list
 
     use_backend(backend)
     sizes = {"microbatch_size": batch, "microbatches": 1, "global_batch": None}
-    config = load_preset(preset).model_copy(update=sizes)
+    config = load_preset(preset).replace(**sizes)
     device = zero.init_processes()
     given = load_ds_config(bundled("a100_bf16.json" if device.type == "cuda" else "cpu_fp32.json"))
     ds_config, _ = resolve_ds_config(given, config, resolve_batch(config, num_replicas=1))
-    runtime = build_runtime(config, training_plan(config, 1), ds_config, device)
+    objective = build_objective(config.model)
+    runtime = build_runtime(config, training_plan(config, 1), ds_config, device, objective)
     engine, executor, model = runtime.engine, runtime.executor, config.model
     torch.manual_seed(0)
     shape = (batch, model.in_chans, model.img_size, model.img_size)

@@ -169,7 +169,12 @@ CASES: dict[str, tuple[str, list[str], Damage, str]] = {
     "large k": ("knn", ["--k", "19"], _remove(), "k=19: must be from 1 to the 18 training images"),
     "no k": ("knn", ["--k", "0"], _remove(), "k=0: must be from 1"),
     "json": ("knn", ["--json", "/proc/nowhere/x"], _remove(), "json=/proc/nowhere/x: cannot be"),
-    "unknown pool": ("knn", ["--pool", "max"], _remove(), "invalid choice 'max'"),
+    "unknown pool": (
+        "knn",
+        ["--pool", "max"],
+        _remove(),
+        "pool=max: must be one of class, mean, 2x2",
+    ),
     "few images": (
         "linear",
         [],

@@ -199,10 +199,10 @@ def test_header(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
 
 CASES = {
     "no run": (["nowhere", "--output", "x.safetensors"], "nowhere: is no run"),
-    "no output": (["RUN"], "Missing from deepmim-scale export: --output"),
+    "no output": (["RUN"], "output: missing; give --output"),
     "unknown format": (
         ["RUN", "--output", "x.safetensors", "--format", "onnx"],
-        "invalid choice 'onnx'",
+        "format=onnx: must be one of timm, hf, mae",
     ),
     "no file": (["RUN", "--output", "x"], "output=x: must be a file that ends in .safetensors"),
     "not writable": (["RUN", "--output", "/proc/nowhere/x.safetensors"], "cannot be written"),

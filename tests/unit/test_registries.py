@@ -38,6 +38,7 @@ class TwoDecoders:
     """One decoder in the middle, which counts a quarter, and one at the end."""
 
     name = "two_decoders"
+    source = "this test"
     paired = carries = local_gradients = free_taps = False
     combinations: tuple[Combination, ...] = (Combination("linear", any_cut),)
 
