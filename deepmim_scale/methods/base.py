@@ -122,9 +122,19 @@ def block_names(model: ModelConfig) -> tuple[str, ...]:
     return tuple(f"block{block:02d}" for block in model.taps)
 
 
+def own_losses(model: ModelConfig) -> tuple[Loss, ...]:
+    """One loss for each decoder of `block_names`; the total is their sum."""
+    return tuple(Loss(name, (name,), 1.0) for name in block_names(model))
+
+
 def residual_stream(model: ModelConfig) -> TensorSpec:
     """The encoder's hidden state [K+1, D] of one image."""
     return TensorSpec((model.num_visible + 1, model.embed_dim), "residual")
+
+
+def hidden_state(model: ModelConfig, block: int) -> tuple[TensorSpec, ...]:
+    """What crosses before any block where decoders read their own tap only."""
+    return (residual_stream(model),)
 
 
 def prediction(model: ModelConfig) -> TensorSpec:

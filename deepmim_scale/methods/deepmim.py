@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from deepmim_scale.methods.base import (
     Combination,
-    Loss,
-    TensorSpec,
     any_cut,
     block_names,
     decoder_prefixes,
     even_taps,
+    hidden_state,
+    own_losses,
     require,
-    residual_stream,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +28,10 @@ class DeepMim:
     local_gradients = free_taps = True
     combinations: tuple[Combination, ...] = (Combination("linear", any_cut),)
 
+    decoder_names = staticmethod(block_names)
+    losses = staticmethod(own_losses)
+    boundary = staticmethod(hidden_state)
+
     def taps(self, depth: int, num_segments: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
         """What the user wants; -N spreads N taps evenly."""
         if len(wanted) != 1 or wanted[0] >= 0:
@@ -40,18 +43,6 @@ class DeepMim:
 
     def check(self, model: ModelConfig) -> None:
         """Nothing beyond what holds for every model."""
-
-    def decoder_names(self, model: ModelConfig) -> tuple[str, ...]:
-        """The blocks' numbers."""
-        return block_names(model)
-
-    def losses(self, model: ModelConfig) -> tuple[Loss, ...]:
-        """One for each decoder; the total is their sum (OliverRensu/DeepMIM, forward_loss)."""
-        return tuple(Loss(name, (name,), 1.0) for name in self.decoder_names(model))
-
-    def boundary(self, model: ModelConfig, block: int) -> tuple[TensorSpec, ...]:
-        """The hidden state."""
-        return (residual_stream(model),)
 
     def official_prefixes(self, model: ModelConfig) -> dict[str, str]:
         """Names of OliverRensu/DeepMIM, models_mae.py: decoders count from 1, share one table."""

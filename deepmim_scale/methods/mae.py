@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from deepmim_scale.methods.base import (
     Combination,
-    Loss,
-    TensorSpec,
     any_cut,
     block_names,
     decoder_prefixes,
     follow_depth,
-    residual_stream,
+    hidden_state,
+    own_losses,
 )
 
 if TYPE_CHECKING:
@@ -27,24 +26,16 @@ class Mae:
     paired = carries = local_gradients = free_taps = False
     combinations: tuple[Combination, ...] = (Combination("linear", any_cut),)
 
+    decoder_names = staticmethod(block_names)
+    losses = staticmethod(own_losses)
+    boundary = staticmethod(hidden_state)
+
     def taps(self, depth: int, num_segments: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
         """The last block."""
         return follow_depth(wanted, (depth,), "mae has one decoder, after the last block")
 
     def check(self, model: ModelConfig) -> None:
         """Nothing beyond what holds for every model."""
-
-    def decoder_names(self, model: ModelConfig) -> tuple[str, ...]:
-        """The block's number."""
-        return block_names(model)
-
-    def losses(self, model: ModelConfig) -> tuple[Loss, ...]:
-        """The decoder's own."""
-        return tuple(Loss(name, (name,), 1.0) for name in self.decoder_names(model))
-
-    def boundary(self, model: ModelConfig, block: int) -> tuple[TensorSpec, ...]:
-        """The hidden state."""
-        return (residual_stream(model),)
 
     def official_prefixes(self, model: ModelConfig) -> dict[str, str]:
         """Names of facebookresearch/mae, models_mae.py."""

@@ -7,6 +7,7 @@ Legend: B images, L patches, K visible patches, P width of a target.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,13 +34,14 @@ class TeacherSize:
     """Width of a projection of its tokens; 0 where there is none."""
 
 
-class Objective:
-    """Targets and losses of one model; the base of those that learn nothing themselves."""
+class Objective(ABC):
+    """Targets and losses of one model; what a frozen or missing teacher needs not is filled in."""
 
+    @abstractmethod
     def prepare(self, batch: Batch, masking: Masking) -> Any:
         """Targets of a micro-batch: made once on each rank that has decoders, when first needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(
         self, name: str, predictions: Sequence[Tensor], targets: Any, grad_scale: float
     ) -> Tensor:
@@ -47,19 +49,19 @@ class Objective:
 
         grad_scale is the gradient that backward will bring: fused kernels store gradients with it.
         """
-        raise NotImplementedError
 
-    def to(self, device: torch.device) -> None:
+    # Most targets have no teacher, or one that stays as it is: doing nothing is right for them.
+    def to(self, device: torch.device) -> None:  # noqa: B027
         """Move teachers to the device."""
 
-    def after_step(self, parameters: Mapping[str, Tensor]) -> None:
+    def after_step(self, parameters: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Learn from the updated weights of the trained model, by their global names."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to go on; nothing for frozen teachers."""
         return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Inverse of `state`."""
 
 
