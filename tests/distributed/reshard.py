@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deepmim_scale.checkpoint.save import save_checkpoint
+from deepmim_scale.objectives import build_objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.runs.state import CheckpointState
 
@@ -83,8 +84,14 @@ def run_leg(folder: Path, number: int, case: dict[str, Any], rank: int, port: in
         precision="fp32",
         num_stages=case["stages"],
     )
-    place = {"stage": pipeline.rank, "replica": pipeline.replica}
-    save_checkpoint(str(folder), pipeline.engine, **place, state=state)
+    save_checkpoint(
+        str(folder),
+        pipeline.engine,
+        build_objective(pipeline.config.model),
+        stage=pipeline.rank,
+        writes=pipeline.replica == 0,
+        state=state,
+    )
     take_step(pipeline, done)
     moments["next"] = everything(pipeline)
     if rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -74,9 +75,13 @@ class Started:
         return [process.wait(300) for process in self.processes]
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> list[int]:
-        """End all processes."""
+        """End all processes; a signal that a callback swallowed is sent again."""
         for process in self.processes:
-            process.send_signal(how)
+            for _ in range(30):
+                process.send_signal(how)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                    break
         return self.end()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
