@@ -51,7 +51,7 @@ def _taps_from_words(words: list[str]) -> tuple[int, ...]:
         raise UserError(f"taps={text}: {_TAPS_RULE}") from None
 
 
-FromStep = Annotated[str, tyro.conf.arg(name="from")]
+FromStep = Annotated[str, shown_as("STEP", name="from")]
 Taps = Annotated[
     tuple[int, ...],
     tyro.constructors.PrimitiveConstructorSpec(

@@ -21,9 +21,9 @@ def _default_hint(default: str) -> str:
     return "" if default in ("", "''", "None") else f"(default: {default})"
 
 
-def shown_as(metavar: str, text: str | None = None) -> Any:
+def shown_as(metavar: str, text: str | None = None, name: str | None = None) -> Any:
     """How a flag stands in the help; a default of nothing is left to its text."""
-    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=_default_hint)
+    return tyro.conf.arg(name=name, metavar=metavar, help=text, help_behavior_hint=_default_hint)
 
 
 Folder = Annotated[str, shown_as("DIR")]
