@@ -56,6 +56,8 @@ class Started:
                         cwd=ROOT,
                         stdout=log,
                         stderr=log,
+                        # A suite in the background of a shell ignores SIGINT, and so would these.
+                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                     )
                 )
 
