@@ -34,6 +34,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -141,9 +142,10 @@ def build_engine(
         settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, mpu=grid, config=settings)
     engine.optimizer.check_grad_overflow = True  # else fp32 steps through NaN
-    # The reduced norm alone vetoes NaN and infinity. DeepSpeed's scan of every gradient before it
-    # finds nothing more, and launches 13 kernels for each parameter.
-    engine.optimizer.check_overflow = lambda *_, **__: None
+    if hasattr(stage_1_and_2, "is_invalid_grad_norm"):
+        # The reduced norm alone vetoes NaN and infinity. The scan of every gradient before it finds
+        # nothing more, at 13 launches for each parameter. Older releases have no such veto.
+        engine.optimizer.check_overflow = lambda *_, **__: None
     engine.optimizer.get_grad_norm_direct = partial(_reduced_norm, engine.optimizer)
     if precision == "float16":
         scale = ds_config.get("loss_scale", {})
