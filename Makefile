@@ -34,8 +34,9 @@ pretrain: setup
 	deepmim-scale analyze reconstruct $(RUN)
 	deepmim-scale evaluate digits $(RUN)
 
+# Two workers, each with whole files; `python -m pytest -m "not soak"` runs the same one by one.
 test: setup-all
-	python -m pytest -m "not soak"
+	python -m pytest -m "not soak" -n 2 --dist loadfile
 
 # Apart from `make test`: before Python 3.12 measuring slows everything down.
 coverage: setup-all

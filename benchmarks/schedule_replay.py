@@ -84,18 +84,18 @@ def replay(built: BuiltSchedule, sizes: Sizes, rank: int) -> tuple[float, float]
         return torch.zeros(sizes[step.payload, step.message[1]])
 
     sends = {step: tensor(step) for step in instructions if step.kind == "send"}
-    receives = {
-        step: dist.irecv(tensor(step), pipeline.rank_of(step.peer), tag=tag(step))
-        for step in instructions
-        if step.kind == "receive"
-    }
+    rooms = {step.message: tensor(step) for step in instructions if step.kind == "receive"}
+    posted: dict[Any, Any] = {}
     pending = []
     dist.barrier()
     start = time.perf_counter()
     busy = 0.0
     for step in instructions:
         if step.kind == "receive":
-            receives[step].wait()
+            room, source = rooms[step.message], pipeline.rank_of(step.peer)
+            posted[step.message] = dist.irecv(room, source, tag=tag(step))
+        elif step.kind == "wait":
+            posted[step.message].wait()
         elif step.kind == "send":
             pending.append(dist.isend(sends[step], pipeline.rank_of(step.peer), tag=tag(step)))
         else:

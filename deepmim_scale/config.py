@@ -312,8 +312,9 @@ class RunConfig(FrozenConfig):
     """Compile encoder and decoder blocks one by one with torch.compile."""
     timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     """Longest wait for another process, s."""
-    reduction: Literal["coalesced", "per_microbatch"] = "coalesced"
-    """Reduce gradients once per step (they stay full until then), or after every micro-batch."""
+    reduction: Literal["overlapped", "coalesced", "per_microbatch"] = "overlapped"
+    """Sum gradients over replicas part by part while the last micro-batch is still running, once at
+    the end of the step, or after every micro-batch, so that only shards are kept."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """Who decodes the images."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"

@@ -12,10 +12,11 @@ from deepmim_scale.batch import Batch
 from deepmim_scale.objectives import Objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.clock import Clock
+from deepmim_scale.parallel.gradients import GradientReducer
 from deepmim_scale.parallel.p2p import Channels, channels_of
 from deepmim_scale.parallel.stages import RankStages
 from deepmim_scale.parallel.step import Backward, RankParts, Step
-from deepmim_scale.pipeline.ir import Instruction, Kind, Schedule
+from deepmim_scale.pipeline.ir import COMPUTE_KINDS, Instruction, Kind, Schedule
 from deepmim_scale.plan.resolve import TrainingPlan
 from deepmim_scale.precision import Precision
 
@@ -34,9 +35,12 @@ class Executor:
         channels: Channels,
         objective: Objective,
         precision: Precision,
+        reducer: GradientReducer | None = None,
     ) -> None:
         self._schedule = plan.built.schedule
-        self._parts = RankParts(plan.layout, pp_rank, stages, channels, objective, precision)
+        self._parts = RankParts(
+            plan.layout, pp_rank, stages, channels, objective, precision, reducer
+        )
         self._device = next(stages.parameters()).device
         self._clock = Clock(self._device)
         self._marks: list[tuple[Instruction, Any, Any]] = []
@@ -120,7 +124,7 @@ class Executor:
         """What the last step's computations took on average, s, by kind and stage."""
         found: dict[tuple[Kind, int], list[float]] = {}
         for step, start, end in self._marks:
-            if step.payload is None and step.kind != "flush":
+            if step.kind in COMPUTE_KINDS:
                 seconds = self._clock.seconds(start, end)
                 found.setdefault((step.kind, step.stage), []).append(seconds)
         return {key: sum(values) / len(values) for key, values in found.items()}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepmim_scale.parallel.stages import TensorRoom
-from deepmim_scale.pipeline.ir import Instruction, Payload, Pipeline, Schedule
+from deepmim_scale.pipeline.ir import Instruction, Message, Payload, Pipeline, Schedule
 
 Channel = tuple[Payload, int, int]
 """Payload, source and target as ranks of the pipeline."""
@@ -57,6 +57,7 @@ class Channels:
         # NCCL would poll on the host for a time-out of the wait; it has its own watchdog.
         self._wait: dict[str, timedelta] = {"timeout": timeout} if gloo else {}
         self._sends: list[tuple[Any, Tensor]] = []
+        self._receives: dict[Message, list[tuple[Any, Tensor]]] = {}
         self._groups: dict[Channel, Any] = {}
         # A communicator of two ranks for each channel. On a shared one NCCL carries messages one
         # by one, and a send holds up everything behind it until the other side receives: a ring of
@@ -90,17 +91,22 @@ class Channels:
             work = dist.isend(tensor, self._ranks[target], group=self._groups[channel])
             self._sends.append((work, tensor))
 
-    def receive(self, message: Instruction, rooms: Sequence[TensorRoom]) -> tuple[Tensor, ...]:
-        """Wait for a message's tensors; RuntimeError after the time-out or if the peer is gone."""
+    def receive(self, message: Instruction, rooms: Sequence[TensorRoom]) -> None:
+        """Post room for a message's tensors; returns at once."""
         channel = _, source, _ = _channel(self._pipeline, message)
         tensors = [room.empty(self._where) for room in rooms]
-        for work in [
-            dist.irecv(tensor, self._ranks[source], group=self._groups[channel])
+        self._receives[message.message] = [
+            (dist.irecv(tensor, self._ranks[source], group=self._groups[channel]), tensor)
             for tensor in tensors
-        ]:
-            assert work is not None, "this rank belongs to its own channels"
+        ]
+
+    def wait(self, message: Instruction) -> tuple[Tensor, ...]:
+        """A posted message's tensors; RuntimeError after the time-out or if the peer is gone."""
+        found = []
+        for work, tensor in self._receives.pop(message.message):
             work.wait(**self._wait)
-        return tuple(tensor.to(self._device) for tensor in tensors)
+            found.append(tensor.to(self._device))
+        return tuple(found)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""

@@ -57,6 +57,22 @@ def global_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {re.sub(r"^stages\.\d+\.", "", name): parameter for name, parameter in named}
 
 
+def part_of_stage(stage: int, is_decoder: bool) -> str:
+    """How a stage's encoder slice, or its decoders, are called where gradients are summed."""
+    return f"{'decoders' if is_decoder else 'encoder'} of stage {stage}"
+
+
+def part_of_parameter(name: str) -> tuple[str, int]:
+    """The part that a parameter of `RankStages` belongs to, and its piece of that part.
+
+    Pieces come to their gradients one after another: the decoders, and the encoder's blocks.
+    """
+    found = re.match(r"stages\.(\d+)\.(decoders\.)?\D*(\d*)", name)
+    if found is None:
+        return "", 0
+    return part_of_stage(int(found[1]), found[2] is not None), int(found[3] or 0)
+
+
 def build_rank(
     config: ModelConfig,
     layout: Layout,

@@ -1,14 +1,14 @@
 """What each instruction does: one step of one rank, from its micro-batches to its losses.
 
 What an instruction computes for other instructions lies in `mail`, keyed by message: `send` posts
-it, `receive` fills it, and stages of the same rank find it there without either.
+it, `wait` fills it, and stages of the same rank find it there without either.
 Legend: B images, L patches, K visible patches, M micro-batches of a step, P prediction width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,17 @@ from deepmim_scale.models.stage import State
 from deepmim_scale.models.taps import Leaf, detach_tap, gradient_root
 from deepmim_scale.models.weight_queue import WeightQueue, defer_weight_gradients
 from deepmim_scale.objectives import Objective
+from deepmim_scale.parallel.gradients import GradientReducer
 from deepmim_scale.parallel.p2p import Channels
-from deepmim_scale.parallel.stages import RankStages, TensorRoom
-from deepmim_scale.pipeline.ir import Instruction, Kind, Message, Payload, Schedule
+from deepmim_scale.parallel.stages import RankStages, TensorRoom, part_of_stage
+from deepmim_scale.pipeline.ir import (
+    Instruction,
+    Kind,
+    Message,
+    Payload,
+    Schedule,
+    last_gradients,
+)
 from deepmim_scale.plan.messages import message_tensors
 from deepmim_scale.plan.partition import Layout
 from deepmim_scale.precision import Precision
@@ -41,6 +49,8 @@ class RankParts:
     channels: Channels
     objective: Objective
     precision: Precision
+    reducer: GradientReducer | None = None
+    """Sums gradients over the replicas, where a schedule tells it to."""
 
     def decoders_of(self, stage: int) -> list[str]:
         """Names of a stage's decoders, shallow first."""
@@ -94,6 +104,7 @@ class Step:
         self._targets: dict[int, Any] = {}
         self._mail: dict[Message, tuple[Tensor, ...]] = {}
         self._work: dict[tuple[int, int], _Work] = {}
+        self._executed: set[Instruction] = set()
         self._do: dict[Kind, Callable[[Instruction], None]] = {
             "forward": self._forward,
             "decoder": self._decoder,
@@ -104,6 +115,9 @@ class Step:
             "encoder_weight_gradient": lambda step: self._at(step).encoder_queue.run(),
             "send": self._send,
             "receive": self._receive,
+            "wait": self._wait,
+            "reduce_decoders": self._reduce,
+            "reduce_encoder": self._reduce,
             # What was sent must have left before the next step frees its tensors.
             "flush": lambda step: parts.channels.finish(),
         }
@@ -111,6 +125,7 @@ class Step:
     def execute(self, step: Instruction) -> None:
         """Carry out one instruction."""
         self._do[step.kind](step)
+        self._executed.add(step)
 
     def _at(self, step: Instruction) -> _Work:
         return self._work.setdefault((step.stage, step.microbatch), _Work())
@@ -245,7 +260,20 @@ class Step:
             TensorRoom.for_batch(spec, batch, self._parts.precision)
             for spec in message_tensors(model, layout, payload, source, target)
         ]
-        self._mail[step.message] = self._parts.channels.receive(step, rooms)
+        self._parts.channels.receive(step, rooms)
+
+    def _wait(self, step: Instruction) -> None:
+        self._mail[step.message] = self._parts.channels.wait(step)
+
+    def _reduce(self, step: Instruction) -> None:
+        if self._parts.reducer is None:
+            return
+        completing = last_gradients(self._schedule.style)[step.kind]
+        part = part_of_stage(step.stage, step.kind == "reduce_decoders")
+        if replace(step, kind=completing) in self._executed:
+            self._parts.reducer.start_part(part)
+        else:
+            self._parts.reducer.arm_part(part)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

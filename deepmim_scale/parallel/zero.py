@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import UserError
+from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer
 from deepmim_scale.parallel.stages import global_parameters
-from deepmim_scale.pipeline.registry import Reduction
+from deepmim_scale.pipeline.ir import Reduction
 from deepmim_scale.precision import Precision
 
 if not torch.cuda.is_available():
@@ -34,7 +36,6 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
-from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -126,12 +127,15 @@ def build_engine(
 ) -> Engine:
     """A ZeRO-2 engine for this rank's stage; ds_config is resolved (no "auto").
 
-    ValueError if the stages have unequal numbers of parameter groups, which would hang.
+    DeepSpeed shards, updates and gathers; gradients are summed by a `GradientReducer` of ours,
+    group by group, so stages may differ in their number of parameter groups. ValueError if the
+    replicas of one differ, which would hang.
     """
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, len(optimizer.param_groups))
+    counts: list[Any] = [None] * grid.get_data_parallel_world_size()
+    replicas = grid.get_data_parallel_group()
+    dist.all_gather_object(counts, len(optimizer.param_groups), group=replicas)
     if len(set(counts)) > 1:
-        raise ValueError(f"parameter groups per rank {counts}: must be equal on all stages")
+        raise ValueError(f"parameter groups per rank {counts}: must be equal on all replicas")
     precision = precision_of(ds_config)
     settings = {key: value for key, value in ds_config.items() if key not in _OURS}
     settings.setdefault("steps_per_print", 2**31)
@@ -140,40 +144,73 @@ def build_engine(
         settings.setdefault("communication_data_type", _COMMUNICATION[precision])
     if precision == "pure_float16":
         settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, mpu=grid, config=settings)
-    engine.optimizer.check_grad_overflow = True  # else fp32 steps through NaN
-    if hasattr(stage_1_and_2, "is_invalid_grad_norm"):
-        # The reduced norm alone vetoes NaN and infinity. The scan of every gradient before it finds
-        # nothing more, at 13 launches for each parameter. Older releases have no such veto.
-        engine.optimizer.check_overflow = lambda *_, **__: None
-    engine.optimizer.get_grad_norm_direct = partial(_reduced_norm, engine.optimizer)
+    with _without_muon():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, mpu=grid, config=settings
+        )
+    sharded: Any = engine.optimizer
+    sharded.check_grad_overflow = True  # else fp32 steps through NaN
+    # The reduced norm alone vetoes NaN and infinity, on all ranks alike. DeepSpeed would look
+    # through every gradient before, at 13 launches for each parameter.
+    sharded.check_overflow = partial(_check_norm, engine)
+    sharded.scaled_global_norm = lambda *_, **__: torch.tensor(engine.gradients.norm)
+    # Its hooks run at every parameter of every backward call, to reduce what we reduce.
+    for hook in sharded._grad_acc_hooks:
+        hook.remove()
+    engine.gradients = GradientReducer(
+        [
+            _flat_group(flat, parameters, group.get("part", ""))
+            for flat, parameters, group in zip(
+                sharded.bit16_groups_flat,
+                sharded.round_robin_bit16_groups,
+                sharded.param_groups,
+                strict=True,
+            )
+        ],
+        sharded.dp_process_group,
+        sharded.get_param_comm_dtype(next(module.parameters())),
+    )
     if precision == "float16":
         scale = ds_config.get("loss_scale", {})
-        engine.optimizer.loss_scaler = DynamicLossScaler(
+        sharded.loss_scaler = DynamicLossScaler(
             init_scale=2.0 ** scale.get("initial_scale_power", 16),
             scale_window=scale.get("loss_scale_window", 2000),
             min_scale=scale.get("min_loss_scale", 1),
             delayed_shift=1,
             consecutive_hysteresis=False,
         )
-        engine.optimizer.dynamic_loss_scale = True
-    scaler = engine.optimizer.loss_scaler
+        sharded.dynamic_loss_scale = True
+    scaler = sharded.loss_scaler
     if isinstance(scaler, DynamicLossScaler):
         scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, and says so
     return engine
 
 
-def _reduced_norm(optimizer: Any, gradients: list[Tensor], *_: Any, **__: Any) -> Tensor:
-    """Norm of a parameter group's gradient over all stages, as DeepSpeed's, in a few launches."""
-    pieces = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-    total = torch.zeros((), device=optimizer.device)
-    if pieces:
-        norms = torch._foreach_norm(pieces, 2, torch.float32)
-        total = torch.stack(norms).square().sum()
-    # Over the replicas, which hold parts of the gradient, then over the stages.
-    dist.all_reduce(total, group=optimizer.dp_process_group)
-    optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
-    return total.sqrt()
+@contextlib.contextmanager
+def _without_muon() -> Iterator[None]:
+    """Hide an optimizer that DeepSpeed imports, and compiles, only to see that ours is another.
+
+    That costs every process 3 s of CPU.
+    """
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]  # the import then fails, as DeepSpeed allows
+    try:
+        yield
+    finally:
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+
+
+def _flat_group(flat: Tensor, parameters: list[nn.Parameter], part: str) -> FlatGroup:
+    # Weights are views of the flat buffer; releases differ in how they say where.
+    offsets = [int(p.storage_offset() - flat.storage_offset()) for p in parameters]
+    return FlatGroup(tuple(parameters), tuple(offsets), flat.numel(), part)
+
+
+def _check_norm(engine: Engine, *_: Any, **__: Any) -> None:
+    engine.optimizer.overflow = not math.isfinite(engine.gradients.norm)
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -190,68 +227,73 @@ def reduced_step(
 ) -> Iterator[Callable[[Tensor], None]]:
     """The backward passes of one step: yields `backward(scalar)`, to be called num_calls times.
 
-    coalesced: gradients stay whole on every rank and are reduced once, at the end. per_microbatch:
-    each backward reduces and keeps its shard only; the last call closes the accumulation.
+    coalesced and overlapped: gradients stay whole on every rank until `engine.gradients` is told to
+    sum a group, at the latest at the end. per_microbatch: a group is summed as soon as all its
+    parameters have a gradient, and only its shard is kept.
     """
-    calls = 0
+    gradients, calls = engine.gradients, 0
+    # Releases differ in where they divide by M: we do it, and need nothing else of their backward.
+    microbatches, scale = engine.gradient_accumulation_steps(), loss_scale(engine)
 
     def backward(loss: Tensor) -> None:
         nonlocal calls
         calls += 1
-        last = reduction == "coalesced" or calls == num_calls
-        engine.set_gradient_accumulation_boundary(last)
-        # Releases differ in where they divide by M (0.19.1: in hooks of engine.forward): we do it.
-        engine.backward(loss / engine.gradient_accumulation_steps(), scale_wrt_gas=False)
+        loss = loss / microbatches
+        (loss if scale == 1 else loss * scale).backward()
+        if reduction == "per_microbatch":
+            gradients.start_complete()
 
-    coalesced = reduction == "coalesced"
-    with engine.coalesce_grad_reduction() if coalesced else contextlib.nullcontext():
-        try:
-            yield backward
-        except BaseException:
-            # DeepSpeed reduces on its way out too, with peers that are elsewhere or gone, unless
-            # there is nothing to reduce.
-            engine.zero_grad()
-            raise
+    try:
+        yield backward
+    except BaseException:
+        gradients.drop()
+        raise
     assert calls == num_calls, f"{calls} backward calls in a step of {num_calls}"
+    shards = gradients.finish()
+    engine.optimizer.averaged_gradients = {i: [shard] for i, shard in enumerate(shards)}
+    gradients.norm = math.nan
 
 
 def gradient_norms(
     engine: Engine, owners: list[str], owner: Callable[[str], str]
-) -> dict[str, Tensor]:
+) -> dict[str, float]:
     """Norm of the reduced gradient of each owner's parameters, between reduction and step.
 
     `owner` maps a parameter's global name to one of `owners`, which is the same list on all ranks.
+    The host waits here once for the device; the norm of all of them is the step's veto.
     """
     names = {id(p): owners.index(owner(n)) for n, p in global_parameters(engine.module).items()}
     squares = torch.zeros(len(owners), device=engine.device)
-    optimizer = engine.optimizer
     pieces, places = [], []
-    for group, params in enumerate(optimizer.params_in_partition):
-        gradients = optimizer.averaged_gradients[group]
-        kept = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-        for gradient, parameter in zip(kept, params, strict=False):
-            pieces.append(gradient)
+    for number, group in enumerate(engine.gradients.groups):
+        (shard,) = engine.optimizer.averaged_gradients[number]
+        first = dist.get_rank(engine.gradients.process_group) * len(shard)
+        for parameter, start, end in group.pieces(first, first + len(shard)):
+            pieces.append(shard[start:end])
             places.append(names[id(parameter)])
     if pieces:
         # A few launches for all parameters instead of four for each.
         norms = torch._foreach_norm(pieces, 2, torch.float32)
-        index = torch.tensor(places, device=engine.device)
+        index = torch.tensor(places).to(engine.device, non_blocking=True)
         squares.index_add_(0, index, torch.stack(norms).square())
     dist.all_reduce(squares)  # every rank holds another part of the gradient
-    found = squares.sqrt() / optimizer.loss_scale
-    return dict(zip(owners, found.unbind(), strict=True))
+    found: list[float] = squares.double().tolist()
+    engine.gradients.norm = math.sqrt(sum(found)) if math.isfinite(sum(found)) else math.inf
+    return {n: math.sqrt(x) / loss_scale(engine) for n, x in zip(owners, found, strict=True)}
 
 
 def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
     """Clip, vote on overflow and update; returns (gradient norm over all stages, applied)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    if math.isnan(engine.gradients.norm):
+        gradient_norms(engine, ["all"], lambda name: "all")
+    norm = engine.gradients.norm / loss_scale(engine)
     engine.set_gradient_accumulation_boundary(True)  # else step() silently does nothing
     skipped = engine.skipped_steps
     engine.step()
-    norm, applied = engine.get_global_grad_norm(), engine.skipped_steps == skipped
-    assert norm is not None, "the step was not taken: no gradient was reduced"
-    return float(norm) if applied else math.inf, applied
+    applied = engine.skipped_steps == skipped
+    return norm if applied else math.inf, applied
 
 
 def loss_scale(engine: Engine) -> float:

@@ -15,17 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from deepmim_scale.pipeline.capacity import ends_with_capacity
 from deepmim_scale.pipeline.ir import (
     Durations,
     Instruction,
     Kind,
     Pipeline,
+    Reduction,
     Schedule,
     Style,
     insert_messages,
     stage_kinds,
 )
 from deepmim_scale.pipeline.list_scheduler import Policy, list_order
+from deepmim_scale.pipeline.passes import insert_reductions, post_receives
 from deepmim_scale.pipeline.simulate import Memory, Timeline, peak_activation_bytes, simulate
 
 FORWARD_KINDS: tuple[Kind, ...] = ("forward", "decoder_forward")
@@ -42,6 +45,8 @@ ONE_MODULE: tuple[tuple[Kind, ...], ...] = (
 )
 SEARCHED_MICROBATCHES = 4
 """Per rank: the policy that is best for so many micro-batches is taken for any larger number."""
+POSTED_AHEAD = 1
+"""Messages of a channel whose receives are posted before they are waited for, at least."""
 TOLERANCE = 1.002
 """Among schedules within this factor of the fastest the one with the least memory is taken."""
 
@@ -64,6 +69,8 @@ class SchedulingProblem:
     """Bytes of activations on any rank that a search may use (default: the baseline's)."""
     quick: bool = False
     """Search less."""
+    reduction: Reduction | None = None
+    """When gradients are summed over the replicas of a stage; None: not a part of the schedule."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,12 @@ class BuiltSchedule:
 
 def simulated(schedule: Schedule, problem: SchedulingProblem) -> BuiltSchedule:
     """A schedule with its time and memory under the problem's durations."""
+    if problem.reduction:
+        schedule = insert_reductions(schedule, problem.reduction)
+    return _timed(schedule, problem)
+
+
+def _timed(schedule: Schedule, problem: SchedulingProblem) -> BuiltSchedule:
     timeline = simulate(schedule, problem.durations)
     return BuiltSchedule(schedule, timeline, peak_activation_bytes(schedule, problem.memory))
 
@@ -88,7 +101,28 @@ def build_by_formula(
     """A textbook schedule."""
     pipeline, num_microbatches = problem.pipeline, problem.num_microbatches
     orders = [list(order(pipeline, rank, num_microbatches)) for rank in range(pipeline.num_ranks)]
-    return simulated(insert_messages(name, pipeline, num_microbatches, orders, style), problem)
+    return _with_room(_with_messages(name, problem, num_microbatches, orders, style), problem)
+
+
+def _with_messages(
+    name: str,
+    problem: SchedulingProblem,
+    num_microbatches: int,
+    orders: list[list[Instruction]],
+    style: Style,
+) -> BuiltSchedule:
+    schedule = insert_messages(name, problem.pipeline, num_microbatches, orders, style)
+    return simulated(post_receives(schedule, POSTED_AHEAD), problem)
+
+
+def _with_room(built: BuiltSchedule, problem: SchedulingProblem) -> BuiltSchedule:
+    """The same order, its receives posted so far ahead that it ends with capacity 1."""
+    if problem.quick:
+        return built
+    # Room for one message more costs little; a rank that a send holds up may cost the run.
+    ways = [post_receives(built.schedule, POSTED_AHEAD + more) for more in range(3)]
+    ends = next((way for way in ways if ends_with_capacity(way, 1)), ways[0])
+    return built if ends is ways[0] else _timed(ends, problem)
 
 
 def build_gpipe(name: str, problem: SchedulingProblem) -> BuiltSchedule:
@@ -119,7 +153,7 @@ def build_in_bubbles(
     if problem.memory_limit is None:
         baseline = build_1f1b(name, problem)
         problem = replace(problem, memory_limit=max(baseline.peaks))
-    candidates = list(_bubble_candidates(problem.pipeline, split_backward, problem.quick))
+    candidates = list(_bubble_candidates(problem, split_backward))
     return _search(name, problem, candidates)
 
 
@@ -131,16 +165,17 @@ def _search(
     def listed(num_microbatches: int, style: Style, policy: Policy) -> BuiltSchedule:
         pipeline = problem.pipeline
         orders = list_order(pipeline, num_microbatches, problem.durations, policy, style)
-        return simulated(insert_messages(name, pipeline, num_microbatches, orders, style), problem)
+        return _with_messages(name, problem, num_microbatches, orders, style)
 
     # A policy that is best for a few micro-batches per rank is best for more, and found sooner.
-    most = SEARCHED_MICROBATCHES * problem.pipeline.num_ranks
+    per_rank = SEARCHED_MICROBATCHES // 2 if problem.quick else SEARCHED_MICROBATCHES
+    most = max(per_rank * problem.pipeline.num_ranks, 8)
     searched = min(problem.num_microbatches, most)
     found = [(listed(searched, *candidate), candidate) for candidate in candidates]
     best, candidate = _fastest(found, problem.memory_limit)
     if searched == problem.num_microbatches:
-        return best
-    return listed(problem.num_microbatches, *candidate)
+        return _with_room(best, problem)
+    return _with_room(listed(problem.num_microbatches, *candidate), problem)
 
 
 def _fastest(
@@ -156,14 +191,19 @@ def _fastest(
     return min(near, key=lambda entry: (max(entry[0].peaks), entry[0].timeline.makespan))
 
 
-def _bubble_candidates(pipeline: Pipeline, split: bool, quick: bool) -> Iterator[Candidate]:
+def _bubble_candidates(problem: SchedulingProblem, split: bool) -> Iterator[Candidate]:
+    pipeline, quick = problem.pipeline, problem.quick
     stages = pipeline.num_stages
     # A paired decoder cannot run backward before its partner: fusing both would deadlock.
     fused = (False,) if pipeline.paired else (True, False)
-    # 1F1B's falling number, as many as there are stages everywhere, and one less.
-    in_flights = dict.fromkeys(
-        [_falling(pipeline), *((most,) * stages for most in (stages, max(stages - 1, 1)))]
-    )
+    # 1F1B's falling number, as many as there are stages everywhere, and one less; more where
+    # messages take time, as a micro-batch on its way keeps nobody busy.
+    levels = [(stages,) * stages]
+    if not quick:
+        levels.append((max(stages - 1, 1),) * stages)
+    if any(problem.durations.transfer.values()):
+        levels.append(tuple(most + stages for most in _falling(pipeline)))
+    in_flights = dict.fromkeys([_falling(pipeline), *levels])
     # Each forward that waits for its backward keeps a decoder's activations alive.
     open_decoders = (1, 2, stages) if pipeline.paired else (1, 3) if split else (1,)
     patiences = (0.0,) if quick else (0.0, 1.0)

@@ -100,7 +100,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
         step = event.instruction
         if event.end == event.start:
             continue
-        waits = step.kind == "receive"
+        waits = step.kind == "wait"
         events.append(
             {
                 "name": f"wait for {step.payload}" if waits else f"{step.kind} {step.microbatch}",

@@ -1,20 +1,28 @@
 """Schedules in files: written by `deepmim-scale schedule --json` or by hand, read by a run.
 
-`{"format": 1, "schedule": name, "placement": ..., "layout": ..., "microbatches": M,
+`{"format": 2, "schedule": name, "placement": ..., "layout": ..., "microbatches": M,
 "style": {...}, "ranks": [{"rank": 0, "instructions": [{"kind": ..., "stage": ...}, ...]}, ...]}`
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 from deepmim_scale.config import MAX_MICROBATCHES
 from deepmim_scale.errors import UserError
 from deepmim_scale.pipeline.ir import Instruction, Kind, Payload, Pipeline, Schedule, Style
 
-FORMAT = 1
-"""Of the files that are written. A newer one may hold kinds that this release does not know."""
-_KINDS, _PAYLOADS = get_args(Kind), get_args(Payload)
+FORMAT = 2
+"""Of the files that are written. A newer one may hold kinds that this release does not know.
+
+In format 1 a receive waited for its message; since format 2 it is posted, and `wait` waits.
+"""
+MESSAGES = ("send", "receive", "wait")
+# A run's --reduction says when gradients are summed, whatever the order.
+_KINDS = tuple(kind for kind in get_args(Kind) if not kind.startswith("reduce_"))
+_PAYLOADS = get_args(Payload)
 _FIELDS = {"kind", "stage", "microbatch", "payload", "peer"}
 
 
@@ -72,12 +80,20 @@ def schedule_from_json(path: str, content: dict[str, Any], pipeline: Pipeline) -
         steps = _take(where, entry, "instructions", list)
         if not steps:
             raise UserError(f"{where}: has no instructions; it must end with flush")
-        lists.append(tuple(_instruction(where, i, step) for i, step in enumerate(steps)))
+        instructions = [_instruction(where, i, step) for i, step in enumerate(steps)]
+        lists.append(tuple(_with_waits(instructions) if version == 1 else instructions))
     name = _take(path, content, "schedule", str)
     microbatches = _take(path, content, "microbatches", int)
     if not 1 <= microbatches <= MAX_MICROBATCHES:
         raise UserError(f"{path}: microbatches={microbatches}: must be 1 to {MAX_MICROBATCHES}")
     return Schedule(name, pipeline, microbatches, Style(**style), tuple(lists))
+
+
+def _with_waits(instructions: list[Instruction]) -> Iterator[Instruction]:
+    for step in instructions:
+        yield step
+        if step.kind == "receive":
+            yield replace(step, kind="wait")
 
 
 def _take(path: str, content: dict[str, Any], key: str, kind: type) -> Any:
@@ -98,9 +114,11 @@ def _instruction(where: str, number: int, step: Any) -> Instruction:
     if kind not in _KINDS:
         raise UserError(f"{where}: kind={kind!r:.40}: unknown; use one of {', '.join(_KINDS)}")
     # Only messages have two ends; a computation with a peer is a slip of the hand.
-    is_message = kind in ("send", "receive")
+    is_message = kind in MESSAGES
     if (payload is None, step.get("peer") is None) != (not is_message, not is_message):
-        raise UserError(f"{where}: send and receive, and only these, have a payload and a peer")
+        raise UserError(
+            f"{where}: send, receive and wait, and only these, have a payload and a peer"
+        )
     if is_message and payload not in _PAYLOADS:
         known = ", ".join(_PAYLOADS)
         raise UserError(f"{where}: payload={payload!r:.40}: unknown; use one of {known}")

@@ -17,7 +17,11 @@ Compute instructions (of a stage and a micro-batch) and what each may rely on:
 |                           |                                           | encoder_backward below   |
 | `decoder_weight_gradient` | queued weight gradients of the decoders   | decoder(_backward)       |
 | `encoder_weight_gradient` | queued weight gradients of the encoder    | encoder_backward         |
-| `flush`                   | last of a rank: reduce, vote, optimizer   | everything               |
+| `reduce_decoders`         | sums the decoders' gradients over the     | what its place says, see |
+|                           | replicas, beside what follows             | "Reductions"             |
+| `reduce_encoder`          | the same for the encoder slice            | likewise                 |
+| `flush`                   | last of a rank: waits for what was sent   | everything               |
+|                           | and reduced; then vote and optimizer      |                          |
 
 "Above" is stage - 1, "below" is stage + 1. A stage without a decoder has no decoder instructions.
 The weight-gradient kinds appear only with `Style.split_backward`: then the backward of Linear
@@ -30,13 +34,20 @@ losses, so it needs the partner's `decoder_forward` (payload `prediction`), and 
 that the shallower one's `decoder_backward` needs (payload `prediction_gradient`). A stage that is
 its own partner holds both halves.
 
-Messages: `send` never waits (isend; keep the tensor alive until it is done), `receive` waits.
-`peer` is the *stage* at the other end; `Pipeline.rank_of(peer)` is its rank. A message is known by
-(payload, stage, peer, micro-batch), there is exactly one `receive` for it, and the messages of one
+Messages: `send` never waits (isend; keep the tensor alive until it is done), `receive` posts room
+for the message and does not wait either, `wait` waits until it has come. `peer` is the *stage* at
+the other end; `Pipeline.rank_of(peer)` is its rank. A message is known by (payload, stage, peer,
+micro-batch), there are exactly one `receive` and one `wait` for it, and the messages of one
 (payload, source, target) travel in micro-batch order at both ends, so no tags are needed where each
-payload and direction has a channel of its own. A transfer begins where its receive stands in the
-list: nothing overlaps it on the receiver.
+payload and direction has a channel of its own. A transfer begins when the message is sent and its
+receive is posted, and lies beside whatever the receiver computes until its `wait`.
 Stages on the same rank exchange no messages: the executor hands the tensor over.
+
+Reductions: `reduce_*` of micro-batch m covers the gradients of all micro-batches up to m that were
+not yet covered. After the instruction that completes these gradients the sum begins at once; before
+it, piece by piece (a few blocks, a decoder) while that instruction runs. A list without reductions
+sums everything at the end of the step. They belong to a run (`--reduction`), not to an order:
+`passes.insert_reductions` adds them.
 
 Order: for each stage and kind the micro-batches come as 0, 1, ..., M - 1. Every parameter's
 gradient is thus accumulated in the same order whatever the schedule, which makes sums bit-equal.
@@ -45,7 +56,7 @@ gradient is thus accumulated in the same order whatever the schedule, which make
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from deepmim_scale.methods.base import Placement
@@ -58,11 +69,27 @@ Kind = Literal[
     "encoder_backward",
     "decoder_weight_gradient",
     "encoder_weight_gradient",
+    "reduce_decoders",
+    "reduce_encoder",
     "send",
     "receive",
+    "wait",
     "flush",
 ]
+Reduction = Literal["overlapped", "coalesced", "per_microbatch"]
+"""When a stage's gradients are summed over its replicas; see `passes.insert_reductions`."""
 Payload = Literal["activation", "gradient", "prediction", "prediction_gradient"]
+
+COMPUTE_KINDS: tuple[Kind, ...] = (
+    "forward",
+    "decoder",
+    "decoder_forward",
+    "decoder_backward",
+    "encoder_backward",
+    "decoder_weight_gradient",
+    "encoder_weight_gradient",
+)
+"""What keeps a rank busy."""
 
 Message = tuple[Payload | None, int | None, int | None, int]
 """(payload, source stage, target stage, micro-batch)."""
@@ -157,6 +184,17 @@ class Schedule:
     ranks: tuple[tuple[Instruction, ...], ...]
 
 
+def last_gradients(style: Style) -> dict[Kind, Kind]:
+    """For each reduction the compute kind after which a micro-batch's gradients are whole."""
+    if style.split_backward:
+        return {
+            "reduce_decoders": "decoder_weight_gradient",
+            "reduce_encoder": "encoder_weight_gradient",
+        }
+    decoder: Kind = "decoder" if style.fused_decoders else "decoder_backward"
+    return {"reduce_decoders": decoder, "reduce_encoder": "encoder_backward"}
+
+
 def stage_kinds(pipeline: Pipeline, stage: int, style: Style) -> tuple[Kind, ...]:
     """Compute kinds that every micro-batch passes on a stage."""
     kinds: list[Kind] = ["forward"]
@@ -215,7 +253,7 @@ def insert_messages(
     orders: Sequence[Sequence[Instruction]],
     style: Style,
 ) -> Schedule:
-    """Put receives before, and sends after, the steps of each rank, and a flush at the end."""
+    """Put receives and waits before, and sends after, a rank's steps, and a flush at the end."""
     # Both ends of a message come from one look at the dependencies, so they always match.
     incoming: dict[Instruction, list[Instruction]] = {}
     outgoing: dict[Instruction, list[Instruction]] = {}
@@ -224,9 +262,10 @@ def insert_messages(
             if pipeline.rank_of(source.stage) == pipeline.rank_of(step.stage):
                 continue
             assert payload is not None, f"{step} needs {source} of another rank without a message"
-            receive = Instruction("receive", step.stage, step.microbatch, payload, source.stage)
+            ends = (step.stage, step.microbatch, payload, source.stage)
             send = Instruction("send", source.stage, step.microbatch, payload, step.stage)
-            incoming.setdefault(step, []).append(receive)
+            incoming.setdefault(step, []).append(Instruction("receive", *ends))
+            incoming[step].append(Instruction("wait", *ends))
             outgoing.setdefault(source, []).append(send)
 
     ranks = []
@@ -245,12 +284,24 @@ class Durations:
     """Durations in seconds, predicted or profiled, of one schedule's instructions."""
 
     compute: Mapping[tuple[Kind, int], float]
-    """By kind and stage."""
-    transfer: Mapping[tuple[Payload, int], float]
+    """By kind and stage; a reduction's are those that its sum takes beside the computations."""
+    transfer: Mapping[tuple[Payload | None, int | None], float]
     """By payload and source stage, once both ends are there; missing ones take no time."""
+    lanes: Mapping[tuple[Payload | None, int | None], tuple[str, ...]] = field(default_factory=dict)
+    """What a transfer shares with others, one at a time: cards of nodes, by payload and source."""
+    pieces: Mapping[tuple[Kind, int], int] = field(default_factory=dict)
+    """Into how many equal sums a reduction falls, by kind and stage."""
+
+    def lane_seconds(self) -> dict[str, float]:
+        """What each lane carries of one micro-batch."""
+        found: dict[str, float] = {}
+        for message, lanes in self.lanes.items():
+            for lane in lanes:
+                found[lane] = found.get(lane, 0.0) + self.transfer.get(message, 0.0)
+        return found
 
     def of(self, step: Instruction) -> float:
-        """Seconds of a computation or a receive; a send takes none."""
-        if step.kind == "receive" and step.payload is not None and step.peer is not None:
+        """Seconds of a computation or a reduction, and of the transfer that a wait is for."""
+        if step.kind == "wait":
             return self.transfer.get((step.payload, step.peer), 0.0)
         return self.compute.get((step.kind, step.stage), 0.0)

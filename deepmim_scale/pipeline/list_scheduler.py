@@ -55,19 +55,27 @@ def list_order(
         ]
         for rank in range(pipeline.num_ranks)
     ]
-    # The same for every micro-batch: what a kind relies on, and seconds with its receives.
+    # The same for every micro-batch: what a kind relies on, its seconds, and those of its messages.
     sources: dict[Work, list[Work]] = {}
     durations: dict[Work, float] = {}
+    messages: dict[Work, dict[Work, tuple[float, tuple[object, ...]]]] = {}
     for kind, stage in (work for queue in queues for work in queue):
         step = Instruction(kind, stage, 0)
-        needed = list(dependencies(pipeline, step, style))
-        sources[kind, stage] = [(source.kind, source.stage) for source, _ in needed]
-        # A receive blocks its rank, so its transfer counts as a part of the work.
-        durations[kind, stage] = times.of(step) + sum(
-            times.transfer.get((payload, source.stage), 0.0)
-            for source, payload in needed
-            if payload and pipeline.rank_of(source.stage) != pipeline.rank_of(stage)
-        )
+        sources[kind, stage] = []
+        durations[kind, stage] = times.of(step)
+        for source, payload in dependencies(pipeline, step, style):
+            work = (source.kind, source.stage)
+            sources[kind, stage].append(work)
+            if payload and pipeline.rank_of(source.stage) != pipeline.rank_of(stage):
+                seconds = times.transfer.get((payload, source.stage), 0.0)
+                shared = times.lanes.get((payload, source.stage), ())
+                ways = ((payload, source.stage, stage), *shared)
+                messages.setdefault(work, {})[kind, stage] = seconds, ways
+    # When a message has come; those that share a channel or a card follow one another.
+    lane_free: dict[object, float] = {}
+    arrivals: dict[tuple[Work, Work], list[float]] = {
+        (source, target): [] for source, targets in messages.items() for target in targets
+    }
     limits = _limits(policy, style, list(sources))
     ends: dict[Work, list[float]] = {work: [] for work in sources}
     free = [0.0] * pipeline.num_ranks
@@ -92,7 +100,8 @@ def list_order(
                 # Not even begun: its end, and so this work's start, is not known yet.
                 if len(ends[source]) <= microbatch:
                     break
-                ready = max(ready, ends[source][microbatch])
+                moment = arrivals.get((source, work), ends[source])[microbatch]
+                ready = max(ready, moment)
             else:
                 found.append((ready, (urgency[work[0]], microbatch, -work[1]), work))
         return found
@@ -123,6 +132,12 @@ def list_order(
             free[rank] = now + durations[work]
             orders[rank].append(Instruction(*work, microbatch=len(ends[work])))
             ends[work].append(free[rank])
+            for target, (seconds, lanes) in messages.get(work, {}).items():
+                before = [lane_free.get(lane, 0.0) for lane in lanes]
+                arrived = max([free[rank], *before]) + seconds
+                lane_free |= dict.fromkeys(lanes, arrived)
+                arrivals[work, target].append(arrived)
+                heapq.heappush(moments, arrived)
             remaining -= 1
             heapq.heappush(moments, free[rank])
         assert moments or not remaining, f"no instruction is ready under {policy}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from deepmim_scale.errors import UserError
 from deepmim_scale.pipeline.builders import (
@@ -16,8 +15,8 @@ from deepmim_scale.pipeline.builders import (
     build_in_bubbles,
     build_zb_h1,
 )
+from deepmim_scale.pipeline.ir import Reduction
 
-Reduction = Literal["coalesced", "per_microbatch"]
 DEFAULT = "dib"
 """Also what one stage runs: it has nothing to order and needs least memory."""
 BASELINE = "1f1b"
@@ -40,7 +39,7 @@ class ScheduleSpec:
     """The planner proposes it."""
     sums_pairs: bool = True
     """It orders decoders that are paired over stages."""
-    reductions: tuple[Reduction, ...] = ("coalesced", "per_microbatch")
+    reductions: tuple[Reduction, ...] = ("overlapped", "coalesced", "per_microbatch")
 
 
 # In the order in which messages list them.
@@ -89,7 +88,7 @@ for _spec in (
         split_backward=True,
         sums_pairs=False,
         # A queued weight gradient appears after its backward call, which then has none to reduce.
-        reductions=("coalesced",),
+        reductions=("overlapped", "coalesced"),
     ),
 ):
     register(_spec)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deepmim_scale.pipeline.ir import (
     Durations,
     Instruction,
+    Kind,
     Message,
     Schedule,
     dependencies,
+    last_gradients,
     stage_kinds,
 )
 from deepmim_scale.pipeline.simulate import Memory, peak_activation_bytes, simulate
@@ -35,6 +38,7 @@ def validate(
     _check_messages(schedule, sources)
     for rank in ranks:
         _check_order(schedule, rank)
+        _check_reductions(schedule, rank)
         _check_dependencies(schedule, rank, sources)
     # Ranks that each wait for another's message pass every check of a single rank. Whether they
     # end does not depend on how long things take.
@@ -71,7 +75,11 @@ def _check_completeness(schedule: Schedule, rank: int) -> None:
     flush = Instruction("flush", pipeline.stages_of(rank)[0], -1)
     if last != flush:
         raise ScheduleError(f"rank {rank}: ends with {last}, not with flush")
-    found = Counter(step for step in schedule.ranks[rank] if step.payload is None)
+    found = Counter(
+        step
+        for step in schedule.ranks[rank]
+        if step.payload is None and step.kind not in last_gradients(schedule.style)
+    )
     expected[flush] = 1
     for step in (expected - found) | (found - expected):
         raise ScheduleError(f"rank {rank}: {step}: {found[step]} times, not {expected[step]}")
@@ -82,20 +90,54 @@ def _check_order(schedule: Schedule, rank: int) -> None:
     # Sums of gradients are equal bit for bit because of this order, and messages need no tags.
     following: Counter[tuple[object, ...]] = Counter()
     for step in schedule.ranks[rank][:-1]:
+        if step.kind in last_gradients(schedule.style):
+            continue
         key = (step.kind, step.stage, step.payload, step.peer)
         if step.microbatch != following[key]:
             raise ScheduleError(f"rank {rank}: {step} before micro-batch {following[key]}")
         following[key] += 1
 
 
+def _check_reductions(schedule: Schedule, rank: int) -> None:
+    """Each part's reductions come in order and end with the last micro-batch, or there are none."""
+    sums = last_gradients(schedule.style)
+    found: dict[tuple[Kind, int], list[int]] = {}
+    for step in schedule.ranks[rank]:
+        if step.kind in sums:
+            found.setdefault((step.kind, step.stage), []).append(step.microbatch)
+    parts = [
+        (kind, stage)
+        for stage in schedule.pipeline.stages_of(rank)
+        for kind in sums
+        if sums[kind] in stage_kinds(schedule.pipeline, stage, schedule.style)
+    ]
+    for kind, stage in dict.fromkeys([*found, *parts]):
+        if (kind, stage) not in parts:
+            raise ScheduleError(f"rank {rank}: {kind} of stage {stage}: it has nothing to reduce")
+        covered = found.get((kind, stage), [])
+        last = schedule.num_microbatches - 1
+        if found and (covered != sorted(set(covered)) or covered[-1:] != [last]):
+            raise ScheduleError(
+                f"rank {rank}: {kind} of stage {stage} covers micro-batches {covered}, which must "
+                f"rise and end with {last}"
+            )
+
+
 def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, Instruction]) -> None:
     """What a step relies on is done before on this rank, or received; what is sent is made."""
-    pipeline = schedule.pipeline
+    pipeline, sums = schedule.pipeline, last_gradients(schedule.style)
     done: set[Instruction | Message] = set()
-    for step in schedule.ranks[rank]:
+    steps = schedule.ranks[rank]
+    for step, following in zip(steps, (*steps[1:], None), strict=True):
         if step.kind == "receive":
             # It needs its sender, which is on another rank: the simulation knows of that.
             required: list[Instruction | Message] = []
+        elif step.kind == "wait":
+            required = [replace(step, kind="receive")]
+        elif step.kind in sums:
+            # It may stand just before what completes its gradients, and then runs beside that.
+            completing = replace(step, kind=sums[step.kind])
+            required = [completing] if following != completing else []
         elif step.kind == "send":
             required = [sources.get(step.message, step)]
         else:
@@ -109,8 +151,8 @@ def _check_dependencies(schedule: Schedule, rank: int, sources: dict[Message, In
             if need not in done:
                 what = need if isinstance(need, Instruction) else _describe(need)
                 raise ScheduleError(f"rank {rank}: {step} comes before what it needs, {what}")
-        # What was received stands for the step that made it elsewhere.
-        done.add(step.message if step.kind == "receive" else step)
+        # What has come stands for the step that made it elsewhere.
+        done.add(step.message if step.kind == "wait" else step)
 
 
 def _message_sources(schedule: Schedule) -> dict[Message, Instruction]:
@@ -128,7 +170,7 @@ def _message_sources(schedule: Schedule) -> dict[Message, Instruction]:
 
 def _check_messages(schedule: Schedule, sources: dict[Message, Instruction]) -> None:
     """Each needed message has one send and one receive, on the ranks of its two stages."""
-    found: dict[str, Counter[Message]] = {"send": Counter(), "receive": Counter()}
+    found: dict[str, Counter[Message]] = {k: Counter() for k in ("send", "receive", "wait")}
     for rank, instructions in enumerate(schedule.ranks):
         for step in instructions:
             if step.payload is None:

@@ -11,8 +11,9 @@ import tyro
 from deepmim_scale.arguments import writable
 from deepmim_scale.errors import UserError
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
-from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans
+from deepmim_scale.plan.planner import enumerate_plans
 from deepmim_scale.plan.planner import to_json as plans_to_json
+from deepmim_scale.plan.row import Cluster, Plan
 from deepmim_scale.presets import load_preset
 from deepmim_scale.settings import FrozenConfig, PositiveInt
 
@@ -54,25 +55,34 @@ def plan(args: PlanArguments) -> None:
     )
     print(
         "stages replicas  micro-batch  schedule      images/s   MFU   idle  memory/GiB  sent/MB"
-        "  reduced/MB  layout"
+        "  reduced/MB  how"
     )
-    printed: set[tuple[int, str, str]] = set()
+    printed: set[tuple[object, ...]] = set()
     for row in plans:
-        way = (row.stages, row.placement, row.schedule)
+        saving = (row.weights, row.weight_gather, row.recompute, row.overlap)
+        way = (row.kind, row.stages, row.placement, row.schedule, *saving)
         if way not in printed:
             print(_plan_line(row))
         printed.add(way)
     print(_verdict(plans))
 
 
+_HIDDEN = {"none": "after computation", "overlapped": "ideally hidden"}
+
+
 def _plan_line(row: Plan) -> str:
     name = row.schedule if row.placement == "linear" else f"{row.schedule} on v"
-    full = "" if row.fits else "  does not fit"
+    name = name if row.kind == "pipeline" else row.kind.replace("_", " ")
+    full = "" if row.fits else "; does not fit"
+    how = [row.layout if row.kind == "pipeline" else f"communication {_HIDDEN[row.overlap]}"]
+    how += [f"{row.weight_gather} weight gather"]
+    how += ["pure 16-bit weights"] if row.weights == "pure_16bit" else []
+    how += [f"recomputes {row.recompute}"] if row.recompute != "none" else []
     return (
         f"{row.stages:6d} {row.replicas:8d}  {row.microbatch:4d} x {row.microbatches:<4d}  "
-        f"{name:12s} {row.images_per_second:9.0f} {row.mfu:5.1%} {row.idle_fraction:6.1%} "
+        f"{name:13s} {row.images_per_second:9.0f} {row.mfu:5.1%} {row.idle_fraction:6.1%} "
         f"{row.memory_bytes / 2**30:11.1f} {row.boundary_bytes / 1e6:8.0f} "
-        f"{row.reduction_bytes / 1e6:11.0f}  {row.layout}{full}"
+        f"{row.reduction_bytes / 1e6:11.0f}  {', '.join(how)}{full}"
     )
 
 
@@ -80,19 +90,24 @@ def _verdict(plans: list[Plan]) -> str:
     best = plans[0]
     if not best.fits:
         return "best: none fits the memory; use more GPUs, larger ones or a smaller model"
-    others = [row for row in plans if (row.stages == 1) != (best.stages == 1) and row.fits]
-    kinds = ("a pipeline", "data parallelism alone")
+    # Like with like: what both send in the same types.
+    others = [
+        row
+        for row in plans
+        if (row.stages == 1) != (best.stages == 1)
+        and row.fits
+        and row.is_executed
+        and row.weight_gather == best.weight_gather
+    ]
+    kinds = ("a pipeline", "data parallelism alone, ideally overlapped")
     what, other = kinds[best.stages == 1], kinds[best.stages != 1]
-    text = (
-        f"best: {what}, --stages {best.stages} --microbatch-size {best.microbatch} "
-        f"--reduction {best.reduction}"
-    )
+    text = f"best: {what}, --stages {best.stages} --microbatch-size {best.microbatch}"
     if best.stages > 1:
         text += f" --schedule {best.schedule} --placement {best.placement}"
         text += f" --layout '{best.layout}'"
     if others:
         text += f"; {others[0].step_seconds / best.step_seconds:.2f} times as fast as {other}"
-    return text
+    return f"{text}; limited by {best.limit}"
 
 
 def check_files(json_path: str, picture: str = "", trace: str = "") -> None:

@@ -19,12 +19,18 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Literal
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import method_of
 from deepmim_scale.objectives import objective_of
 from deepmim_scale.objectives.pixels import num_pixels
-from deepmim_scale.pipeline.registry import Reduction
+from deepmim_scale.pipeline.ir import Reduction
+
+WeightGather = Literal["fp32", "16bit"]
+"""How updated weights travel after a step."""
+Recompute = Literal["none", "encoder", "all"]
+"""What runs again in the backward pass instead of being kept."""
 
 
 @dataclass(frozen=True)
@@ -282,10 +288,58 @@ def zero2_state_bytes(cost: StageCost, replicas: int, reduction: Reduction = "co
     return weights + 4 * gradients + 12 * -(-trainable // replicas)
 
 
-def zero2_traffic_bytes(cost: StageCost, replicas: int, reductions: int = 1) -> int:
-    """Bytes that a process sends (and receives) in a step of ZeRO-2 under autocast.
+def state_bytes(cost: StageCost, replicas: int, *, zero3: bool, pure: bool) -> int:
+    """`zero2_state_bytes`, with all of it in shards (ZeRO-3), or with 16-bit weights and gradients.
 
-    So many ring all-reduces of 16-bit gradients; after the step one all-gather of fp32 weights.
+    Weights that ZeRO-3 has gathered for the block that runs are not counted.
     """
-    share = (replicas - 1) / replicas * cost.whole.trainable
-    return round(reductions * 2 * share * 2 + share * 4)
+    trainable = cost.whole.trainable
+    kept = (2 if pure else 4) * (cost.executed.parameters - trainable)
+    weights, gradients = (2, 2) if pure else (6, 4)
+    if zero3:
+        return kept + -(-trainable // replicas) * (weights + gradients + 12)
+    return kept + trainable * (weights + gradients) + 12 * -(-trainable // replicas)
+
+
+def recomputed_flops(config: ModelConfig, recompute: Recompute) -> int:
+    """FLOPs per image that recomputation adds: the encoder runs again, or decoders too."""
+    cost = model_cost(config)
+    again = {"none": [], "encoder": [cost.encoder], "all": [cost.encoder, cost.decoders]}
+    return sum(part.forward_flops for part in again[recompute])
+
+
+def local_activation_bytes(config: ModelConfig, recompute: Recompute, pure: bool) -> int:
+    """Bytes per image that one stage keeps with local backward: the encoder, and one decoder."""
+    each = 2 if pure else 4
+    hidden = (config.num_visible + 1) * config.embed_dim * each
+    block, largest = encoder_block_cost(config), max_decoder_cost(config)
+    encoder = model_cost(config).encoder
+    taps = hidden * len(config.taps)
+    kept = _saved_bytes(encoder, pure)
+    if recompute != "none":
+        # The input of each block, and one block whole while it runs again.
+        kept = hidden * config.depth + _saved_bytes(block, pure)
+    decoder = _saved_bytes(largest, pure)
+    if recompute == "all":
+        decoder = hidden + decoder  # a decoder is one unit: whole while it runs again
+    return kept + taps + decoder
+
+
+def max_decoder_cost(config: ModelConfig) -> Cost:
+    """The decoder that keeps most."""
+    costs = [decoder_cost(config, index) for index in range(len(config.taps))]
+    return max(costs, key=lambda cost: cost.activation_bytes)
+
+
+def _saved_bytes(cost: Cost, pure: bool) -> int:
+    return 2 * cost.saved_values if pure else cost.activation_bytes
+
+
+def gradient_traffic_bytes(cost: StageCost, replicas: int) -> int:
+    """Bytes that a process sends to sum its 16-bit gradients once: each to its owner alone."""
+    return round((replicas - 1) / replicas * cost.whole.trainable * 2)
+
+
+def weight_traffic_bytes(cost: StageCost, replicas: int, gather: WeightGather = "fp32") -> int:
+    """Bytes that a process sends to gather the weights that their owners have updated."""
+    return round((replicas - 1) / replicas * cost.whole.trainable * (4 if gather == "fp32" else 2))

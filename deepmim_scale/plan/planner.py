@@ -3,18 +3,21 @@
 Legend: P stages, D replicas, B images of a micro-batch, M micro-batches, G = B * M * D.
 
 Assumptions, to be replaced by measurements: a GPU reaches `Gpu.utilization` of its peak, less with
-small micro-batches (factor B / (B + 2)); every instruction takes its FLOPs at that rate; precision
-is autocast; gradients are summed by a ring all-reduce in 16 bits and updated weights gathered in
-fp32, neither of which overlaps computation, nor do transfers between stages; ranks are stage-major,
-so replicas fill a node first and stages lie across nodes; loading images and the optimizer take no
-time.
+small micro-batches (factor B / (B + 2)); every instruction takes its FLOPs at that rate; gradients
+go in 16 bits to the owners of their shards, updated weights back to all; messages and sums lie
+beside computations at their full rate; ranks are stage-major, so replicas fill a node first and
+stages lie across nodes; loading images and the optimizer take no time.
+
+A pipeline's row is the simulation of what a run executes. Data parallelism and ZeRO-3 come twice:
+with nothing hidden, and ideally overlapped (the larger of computation and communication), which is
+what a user of DDP, ZeRO-2 or FSDP2 reaches at best. The latter is what pipelines are compared with.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 from deepmim_scale.config import ModelConfig
@@ -22,113 +25,92 @@ from deepmim_scale.errors import UserError
 from deepmim_scale.methods.base import Placement
 from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.compatibility import combinations
-from deepmim_scale.pipeline.ir import Pipeline
-from deepmim_scale.pipeline.registry import DEFAULT, Reduction, build_schedule, find_schedule
+from deepmim_scale.pipeline.ir import Pipeline, Reduction
+from deepmim_scale.pipeline.registry import build_schedule, find_schedule
 from deepmim_scale.plan.cost import (
     StageCost,
+    WeightGather,
+    gradient_traffic_bytes,
     model_cost,
     stage_cost,
+    weight_traffic_bytes,
     zero2_state_bytes,
-    zero2_traffic_bytes,
 )
-from deepmim_scale.plan.hardware import Gpu, mfu
+from deepmim_scale.plan.data_parallel import data_parallel_rows
+from deepmim_scale.plan.hardware import mfu
 from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, format_layout
+from deepmim_scale.plan.row import Cluster, Plan, flops_rate, replica_bandwidth, usable_bytes
 from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
 
-MEMORY_SHARE = 0.9
-"""Of a GPU's memory; the rest is for communication buckets, work space and fragmentation."""
+__all__ = ["Cluster", "Plan", "enumerate_plans", "predict", "to_json"]
 MAX_STAGES = 8
 MICROBATCHES = (8, 16, 32, 64, 128, 256)
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Equal nodes of equal GPUs."""
-
-    nodes: int
-    gpus_per_node: int
-    gpu: Gpu
-    network_gbytes: float
-    """Per node and direction, GB/s."""
-
-    @property
-    def num_gpus(self) -> int:
-        """All of them."""
-        return self.nodes * self.gpus_per_node
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way to run, with what it is predicted to need."""
-
-    stages: int
-    replicas: int
-    microbatch: int
-    """Images."""
-    microbatches: int
-    schedule: str
-    placement: Placement
-    reduction: Reduction
-    layout: str
-    step_seconds: float
-    images_per_second: float
-    mfu: float
-    idle_fraction: float
-    reduction_seconds: float
-    """Of the slowest rank's gradient reduction and gathering of updated weights; nothing hides."""
-    memory_bytes: int
-    """Largest of all ranks: weights (a teacher's too), gradients, optimizer, activations."""
-    activation_bytes: int
-    boundary_bytes: int
-    """Sent by the busiest rank in one step, all directions."""
-    reduction_bytes: int
-    """Gradients, and updated weights after the step, that the busiest rank sends in one step."""
-    fits: bool
-
-
 def enumerate_plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> list[Plan]:
-    """Every legal plan, the fastest that fits first; UserError when there is none."""
-    plans = list(_plans(model, cluster, global_batch))
+    """Every legal plan, the fastest that fits and that a run executes first; UserError if none."""
+    plans = [*_pipelines(model, cluster, global_batch)]
+    for microbatch, microbatches in _microbatches(cluster.num_gpus, global_batch):
+        plans += data_parallel_rows(model, cluster, microbatch, microbatches)
     if not plans:
         raise UserError(
             f"global_batch={global_batch}: cannot be shared by {cluster.num_gpus} GPUs in "
             f"micro-batches of {MICROBATCHES[0]} or more images; use a multiple of "
             f"{MICROBATCHES[0] * cluster.num_gpus}"
         )
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.memory_bytes))
+    return sorted(
+        plans,
+        key=lambda plan: (
+            not (plan.fits and plan.is_executed and plan.weight_gather == "fp32"),
+            not plan.fits,
+            plan.step_seconds,
+            plan.memory_bytes,
+        ),
+    )
 
 
 def to_json(plans: list[Plan]) -> dict[str, Any]:
     """{"best": plan, "plans": [plan, ...]}; best is null when nothing fits the memory."""
-    rows = [asdict(plan) for plan in plans]
+    rows = [asdict(plan) | {"limit": plan.limit} for plan in plans]
     return {"best": rows[0] if plans[0].fits else None, "plans": rows}
 
 
-def _plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[Plan]:
+def _microbatches(replicas: int, global_batch: int) -> Iterator[tuple[int, int]]:
+    """(images, micro-batches) of a replica's share of a step."""
+    for microbatch in MICROBATCHES:
+        if global_batch % (microbatch * replicas) == 0:
+            yield microbatch, global_batch // (microbatch * replicas)
+
+
+def _pipelines(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[Plan]:
     for placement, stages, spec in combinations(model):
-        if stages > MAX_STAGES or cluster.num_gpus % stages or not spec.is_planned:
+        if not 1 < stages <= MAX_STAGES or cluster.num_gpus % stages or not spec.is_planned:
             continue
-        # One stage has nothing to wait for: all ways are alike, the default needs least memory.
-        if stages == 1 and (placement, spec.name) != ("linear", DEFAULT):
-            continue
-        replicas = cluster.num_gpus // stages
-        for microbatch in MICROBATCHES:
-            if global_batch % (microbatch * replicas):
-                continue
-            microbatches = global_batch // (microbatch * replicas)
-            # One backward reduces as often either way; shards need less memory.
-            reduction = spec.reductions[-1 if microbatches == 1 else 0]
-            yield predict(
-                model,
-                cluster,
-                stages,
-                spec.name,
-                microbatch,
-                microbatches,
-                placement,
-                reduction,
-            )
+        for size, count in _microbatches(cluster.num_gpus // stages, global_batch):
+            fp32 = predict(model, cluster, stages, spec.name, size, count, placement)
+            yield fp32
+            yield with_gather(fp32, "16bit", cluster)
+
+
+def with_gather(plan: Plan, gather: WeightGather, cluster: Cluster) -> Plan:
+    """The same pipeline with its updated weights gathered in another type."""
+    # Shares of the traffic: 2 bytes of gradient, and 4 or 2 of weights.
+    ratio = {"fp32": 6, "16bit": 4}
+    factor = ratio[gather] / ratio[plan.weight_gather]
+    sent = round(plan.reduction_bytes * factor)
+    saved = (plan.reduction_bytes - sent) / replica_bandwidth(cluster, plan.replicas)
+    step = plan.step_seconds - saved
+    scale = plan.step_seconds / step
+    return replace(
+        plan,
+        weight_gather=gather,
+        step_seconds=step,
+        images_per_second=plan.images_per_second * scale,
+        mfu=plan.mfu * scale,
+        reduction_seconds=plan.reduction_seconds - saved,
+        reduction_bytes=sent,
+    )
 
 
 def predict(
@@ -139,7 +121,7 @@ def predict(
     microbatch: int,
     microbatches: int,
     placement: Placement = "linear",
-    reduction: Reduction = "coalesced",
+    reduction: Reduction = "overlapped",
 ) -> Plan:
     """Time, memory and bytes of one plan, cut for speed or, where that does not fit, for memory.
 
@@ -161,13 +143,9 @@ def predict(
     plan = predicted(layout_of(model, stages, placement))
     if not plan.fits:
         with contextlib.suppress(UserError):  # no cut fits
-            limit = _usable_bytes(cluster.gpu)
+            limit = usable_bytes(cluster.gpu)
             return predicted(layout_of(model, stages, placement, stage_bytes, limit))
     return plan
-
-
-def _usable_bytes(gpu: Gpu) -> int:
-    return int(MEMORY_SHARE * gpu.memory_gib * 2**30)
 
 
 def _predict(
@@ -183,22 +161,24 @@ def _predict(
     pipeline = pipeline_of(model, layout, placement)
     stages = pipeline.num_ranks
     replicas = cluster.num_gpus // stages
-    limit = _usable_bytes(cluster.gpu)
-    rate = cluster.gpu.peak_tflops * 1e12 * cluster.gpu.utilization * microbatch / (microbatch + 2)
+    limit = usable_bytes(cluster.gpu)
+    bandwidth = replica_bandwidth(cluster, replicas)
     times = times_of(
         model,
         layout,
         microbatch,
-        rate,
+        flops_rate(cluster, microbatch),
         lambda source, target: _seconds_per_byte(cluster, pipeline, replicas, source, target),
         split=find_schedule(schedule).split_backward,
+        lanes=lambda source, target: _cards(cluster, pipeline, replicas, source, target),
+        reduction=lambda part: gradient_traffic_bytes(part, replicas) / bandwidth,
     )
     held = [
         [stage_cost(model, layout[s].first, layout[s].last) for s in pipeline.stages_of(rank)]
         for rank in range(stages)
     ]
     states = [sum(zero2_state_bytes(cost, replicas, reduction) for cost in costs) for costs in held]
-    first = min(microbatches, max(8, 2 * stages))
+    first = min(microbatches, max(16, 6 * stages))
     problem = SchedulingProblem(
         pipeline,
         first,
@@ -206,23 +186,44 @@ def _predict(
         memory_of(model, layout, microbatch),
         limit - max(states),
         quick=True,
+        reduction=reduction,
     )
     built = build_schedule(schedule, problem)
     timeline = built.timeline
-    pace = max(map(sum, zip(timeline.busy, timeline.receiving, strict=True))) / first
-    compute = timeline.makespan + (microbatches - first) * pace
+    # The slowest of: a rank, a card, and the way of a micro-batch down and up (late messages).
+    ends = [
+        event.end
+        for event in timeline.events
+        if event.instruction.kind == "encoder_backward"
+        and event.instruction.stage == pipeline.num_stages - 1
+    ]
+    # In the middle, where the pipe is full.
+    quarter = len(ends) // 4
+    cycle = (ends[3 * quarter] - ends[quarter]) / (2 * quarter) if quarter else 0.0
+    pace = max(max(timeline.busy) / first, cycle, *times.lane_seconds().values())
+    exposed = max(timeline.reducing)
+    compute = timeline.makespan - exposed + (microbatches - first) * pace
     reductions = microbatches if reduction == "per_microbatch" else 1
     reduction_bytes = max(
-        sum(zero2_traffic_bytes(cost, replicas, reductions) for cost in costs) for costs in held
+        sum(
+            reductions * gradient_traffic_bytes(cost, replicas)
+            + weight_traffic_bytes(cost, replicas)
+            for cost in costs
+        )
+        for costs in held
     )
-    crosses = replicas > cluster.gpus_per_node
-    bandwidth = (cluster.network_gbytes if crosses else cluster.gpu.intra_gbytes) * 1e9
-    step = compute + reduction_bytes / bandwidth
+    gathered = max(sum(weight_traffic_bytes(cost, replicas) for cost in costs) for costs in held)
+    step = compute + exposed + gathered / bandwidth
     memory = max(state + peak for state, peak in zip(states, built.peaks, strict=True))
     rate_of_images = microbatch * microbatches * replicas / step
     busy = sum(timeline.busy) / stages / first * microbatches
     flops = model_cost(model).whole.training_flops
     return Plan(
+        kind="pipeline" if stages > 1 else "data_parallel",
+        overlap="none" if reduction == "coalesced" else "overlapped",
+        weights="autocast",
+        weight_gather="fp32",
+        recompute="none",
         stages=stages,
         replicas=replicas,
         microbatch=microbatch,
@@ -232,6 +233,7 @@ def _predict(
         reduction=reduction,
         layout=format_layout(layout, model),
         step_seconds=step,
+        compute_seconds=compute,
         images_per_second=rate_of_images,
         mfu=mfu(flops, rate_of_images / cluster.num_gpus, cluster.gpu),
         idle_fraction=1 - busy / compute,
@@ -258,6 +260,14 @@ def _seconds_per_byte(
     if len(nodes) == 1:
         return 1 / (cluster.gpu.intra_gbytes * 1e9)
     return min(replicas, cluster.gpus_per_node) / (cluster.network_gbytes * 1e9)
+
+
+def _cards(
+    cluster: Cluster, pipeline: Pipeline, replicas: int, source: int, target: int
+) -> tuple[str, ...]:
+    """The ways out of one node and into another that a message takes."""
+    nodes = [_node(cluster, pipeline, replicas, stage) for stage in (source, target)]
+    return () if nodes[0] == nodes[1] else (f"out of node {nodes[0]}", f"into node {nodes[1]}")
 
 
 def _boundary_bytes(model: ModelConfig, layout: Layout, pipeline: Pipeline, microbatch: int) -> int:

@@ -123,7 +123,9 @@ def training_plan(
     placement = given.pipeline.placement if given else config.placement
     pipeline = pipeline_of(model, layout, placement, config.gradient_flow)
     memory = memory_of(model, layout, size)
-    problem = SchedulingProblem(pipeline, num_microbatches, durations, memory)
+    problem = SchedulingProblem(
+        pipeline, num_microbatches, durations, memory, reduction=config.reduction
+    )
     built = simulated(given, problem) if given else build_schedule(config.schedule, problem)
     validate(built.schedule)
     return TrainingPlan(layout, built, format_layout(layout, model))
@@ -149,10 +151,10 @@ def _check_file(config: RunConfig, schedule: Schedule, num_microbatches: int) ->
             f"microbatches={num_microbatches}: schedule_file={path} orders "
             f"{schedule.num_microbatches}; use --microbatches {schedule.num_microbatches}"
         )
-    if schedule.style.split_backward and config.reduction != "coalesced":
+    if schedule.style.split_backward and config.reduction == "per_microbatch":
         raise UserError(
             f"reduction={config.reduction}: schedule_file={path} leaves weight gradients for "
-            "later; use --reduction coalesced"
+            "later; use --reduction overlapped"
         )
     if schedule.style.split_backward and pipeline.paired:
         raise UserError(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import method_of
 from deepmim_scale.methods.base import Placement
-from deepmim_scale.pipeline.ir import Durations, Kind, Pipeline
+from deepmim_scale.pipeline.ir import Durations, Kind, Payload, Pipeline
 from deepmim_scale.pipeline.simulate import Memory
-from deepmim_scale.plan.cost import StageCost, decoder_cost, stage_cost
+from deepmim_scale.plan.cost import Cost, StageCost, decoder_cost, stage_cost
 from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, partition
+
+MAX_PIECES = 6
+"""Of a part of a stage whose gradients are summed one after another."""
 
 
 def layout_of(
@@ -52,12 +56,17 @@ def times_of(
     seconds_per_byte: Callable[[int, int], float] = lambda source, target: 0.0,
     *,
     split: bool = False,
+    reduction: Callable[[StageCost], float] = lambda part: 0.0,
+    lanes: Callable[[int, int], tuple[str, ...]] = lambda source, target: (),
 ) -> Durations:
     """Durations in proportion to FLOPs, and transfers to bytes (autocast) between two stages.
 
     With `split` the backward kinds stand for gradients with respect to inputs only. The teacher
-    runs where a stage's first loss is evaluated, once for all its decoders.
+    runs where a stage's first loss is evaluated, once for all its decoders. `reduction` gives
+    the seconds to sum the gradients of a part over the replicas, `lanes` what a message from one
+    stage to another shares with others.
     """
+    pieces: dict[tuple[Kind, int], int] = {}
     compute: dict[tuple[Kind, int], float] = {}
     for index, stage in enumerate(layout):
         cost = stage_cost(model, stage.first, stage.last)
@@ -72,13 +81,21 @@ def times_of(
             "decoder_weight_gradient": decoders.weight_gradient_flops,
         }
         flops["decoder"] = flops["decoder_forward"] + flops["decoder_backward"]
+        compute["reduce_encoder", index] = reduction(StageCost(encoder, Cost(), Cost()))
+        compute["reduce_decoders", index] = reduction(StageCost(Cost(), decoders, Cost()))
+        pieces["reduce_encoder", index] = min(MAX_PIECES, stage.last - stage.first)
+        pieces["reduce_decoders", index] = min(MAX_PIECES, max(1, len(stage.decoders)))
         compute |= {(k, index): microbatch * n / flops_per_second for k, n in flops.items()}
-    transfer = {
+    messages = transfers_of(model, layout, microbatch)
+    shared: dict[tuple[Payload | None, int | None], tuple[str, ...]] = {
+        (m.payload, m.source): lanes(m.source, m.target) for m in messages
+    }
+    transfer: dict[tuple[Payload | None, int | None], float] = {
         (message.payload, message.source): message.num_bytes
         * seconds_per_byte(message.source, message.target)
-        for message in transfers_of(model, layout, microbatch)
+        for message in messages
     }
-    return Durations(compute, transfer)
+    return Durations(compute, transfer, shared, pieces)
 
 
 def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Durations) -> Durations:
@@ -101,7 +118,7 @@ def profiled_times(measured: Mapping[tuple[Kind, int], float], predicted: Durati
         key: measured.get(key, seconds * found[part(key)] / (expected[part(key)] or 1.0))
         for key, seconds in predicted.compute.items()
     }
-    return Durations(compute, predicted.transfer)
+    return replace(predicted, compute=compute)
 
 
 def memory_of(model: ModelConfig, layout: Layout, microbatch: int) -> list[Memory]:
@@ -110,15 +127,19 @@ def memory_of(model: ModelConfig, layout: Layout, microbatch: int) -> list[Memor
     The gradient of each tap, in fp32 as the hidden state, waits for the encoder's backward and is
     counted with the encoder.
     """
+    transfers = transfers_of(model, layout, microbatch)
     tap_gradient = 4 * (model.num_visible + 1) * model.embed_dim
-    found = []
+    found: list[Memory] = []
     for stage in layout:
         cost = stage_cost(model, stage.first, stage.last)
         each = [decoder_cost(model, k).activation_bytes for k in stage.decoders]
-        sizes = (
-            cost.encoder.activation_bytes + tap_gradient * len(each),
-            cost.decoders.activation_bytes,
-            max(each, default=0),
+        messages = {m.payload: m.num_bytes for m in transfers if m.target == len(found)}
+        found.append(
+            Memory(
+                microbatch * (cost.encoder.activation_bytes + tap_gradient * len(each)),
+                microbatch * cost.decoders.activation_bytes,
+                microbatch * max(each, default=0),
+                messages,
+            )
         )
-        found.append(Memory(*(microbatch * size for size in sizes)))
     return found

@@ -16,7 +16,8 @@ from deepmim_scale.errors import UserError
 from deepmim_scale.methods import method_of
 from deepmim_scale.pipeline.compatibility import best_placement, check_combination
 from deepmim_scale.pipeline.registry import DEFAULT
-from deepmim_scale.plan.planner import Plan, predict
+from deepmim_scale.plan.planner import predict
+from deepmim_scale.plan.row import Plan
 from deepmim_scale.presets import load_preset
 from deepmim_scale.study.settings import StudyArguments
 

@@ -14,7 +14,7 @@ from deepmim_scale.errors import UserError
 from deepmim_scale.json_file import read_json
 from deepmim_scale.pipeline.registry import BASELINE, DEFAULT, trainable_schedules
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
-from deepmim_scale.plan.planner import Cluster
+from deepmim_scale.plan.row import Cluster
 from deepmim_scale.presets import load_preset
 from deepmim_scale.settings import File, Folder, FrozenConfig
 

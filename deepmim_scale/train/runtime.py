@@ -87,5 +87,13 @@ def build_runtime(
         load_objective(checkpoint, objective)
     channels = Channels(schedule, grid.pipe_groups, device, config.timeout)
     objective.to(device)
-    executor = Executor(plan, pp_rank, stages, channels, objective, precision_of(ds_config))
+    executor = Executor(
+        plan,
+        pp_rank,
+        stages,
+        channels,
+        objective,
+        precision_of(ds_config),
+        engine.gradients,
+    )
     return Runtime(grid, stages, engine, channels, executor, objective)

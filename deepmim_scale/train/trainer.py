@@ -195,12 +195,9 @@ class Trainer:
         mine = [sums.get(name, none) / len(batches) for name in names]
         busy, whole = self.executor.busy_and_step_seconds()
         # All numbers of the step are read from the device at once.
-        everyone = self._gather(
-            [*mine, *norms.values()], [peak_memory_gib(self.device), 1 - busy / whole]
-        )
+        everyone = self._gather(mine, [peak_memory_gib(self.device), 1 - busy / whole])
         replicas = self.prepared.batch.num_replicas
-        *columns, memory, idle = map(list, zip(*everyone, strict=True))
-        by_loss, by_norm = columns[: len(names)], columns[len(names) :]
+        *by_loss, memory, idle = map(list, zip(*everyone, strict=True))
         losses = {n: sum(x) / replicas for n, x in zip(names, by_loss, strict=True)}
         seconds = time.perf_counter() - began + wait_seconds
         world = dist.get_world_size()
@@ -210,7 +207,7 @@ class Trainer:
             "loss": total_loss(config.model, losses),
             "losses": losses,
             "grad_norm": norm,
-            "grad_norms": {name: x[0] for name, x in zip(norms, by_norm, strict=True)},
+            "grad_norms": norms,
             "learning_rate": rate,
             "loss_scale": zero.loss_scale(self.engine),
             "skipped": not applied,

@@ -5,12 +5,14 @@ Usage: torchrun --nproc_per_node N pipelines.py OUT CASES.json; writes OUT.json 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import timm
@@ -162,6 +164,26 @@ class Pipeline:
         self.grid, self.rank, self.replica = runtime.grid, runtime.pp_rank, runtime.dp_rank
         self.stages, self.engine = runtime.stages, runtime.engine
         self.channels, self.executor = runtime.channels, runtime.executor
+        self.local_gradients: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def kept_gradients(self) -> Iterator[None]:
+        """Keep what is summed over the replicas, as it was before."""
+        names = {p: name for name, p in global_parameters(self.stages).items()}
+        gradients = self.engine.gradients
+        start = gradients.start
+
+        def keep(number: int) -> None:
+            for parameter in gradients.groups[number].parameters:
+                gradient = parameter.grad
+                assert gradient is not None, "every parameter has a gradient"
+                self.local_gradients[f"gradient{self.replica}.{names[parameter]}"] = (
+                    gradient.clone()
+                )
+            start(number)
+
+        with mock.patch.object(gradients, "start", keep):
+            yield
 
     def step(
         self, number: int, spoil: Callable[[Tensor], Tensor] | None = None
@@ -171,16 +193,13 @@ class Pipeline:
             for m in range(self.microbatches)
         ]
         calls = self.executor.num_backward_calls
-        with zero.reduced_step(self.engine, self.config.reduction, calls) as backward:
+        with (
+            self.kept_gradients() if number == 0 else contextlib.nullcontext(),
+            zero.reduced_step(self.engine, self.config.reduction, calls) as backward,
+        ):
             losses = self.executor.train(
                 batches, (lambda loss: backward(spoil(loss))) if spoil else backward
             )
-            if number == 0:  # whole on every rank until the reduction that ends this block
-                self.local_gradients = {
-                    f"gradient{self.replica}.{name}": p.grad.clone()
-                    for name, p in global_parameters(self.stages).items()
-                    if p.grad is not None
-                }
         norm, applied = zero.apply_step(self.engine, LEARNING_RATE)
         return losses, norm, applied
 

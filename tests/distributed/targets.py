@@ -23,7 +23,7 @@ def targets(teacher: str) -> dict[str, list[str]]:
     flags = ["--target", TEACHER, "--teacher", teacher, "--teacher-dim", "192"]
     return {
         "hog": ["--target", "hog"],
-        "timm": [*flags, "--img-size", "224", "--patch-size", "16"],
+        "timm": [*flags, "--img-size", "64", "--patch-size", "16"],
         "ema": ["--target", "ema", "--ema-decay", "0.9"],
     }
 

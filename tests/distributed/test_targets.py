@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / "data" / "train" / "a" / f"{number}.png")
     torch.manual_seed(0)
-    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64)
     save_file(teacher.state_dict(), folder / "teacher.safetensors")
     words = [folder / "data", folder / "runs", folder / "teacher.safetensors"]
     done = subprocess.run(

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
         (*TWO, "--schedule", "dib_w", "--reduction", "per_microbatch"),
         (
             "reduction=per_microbatch: schedule=dib_w leaves weight gradients for later and needs "
-            "reduction=coalesced; or use schedule=dib"
+            "reduction=overlapped; or use schedule=dib"
         ),
     ),
     "mirl in 4": (

@@ -213,17 +213,34 @@ def test_zero2_state(replicas: int) -> None:
     assert whole == 10 * 24_000 + 12 * 24_000 // replicas
     taught = costs.StageCost(student, costs.Cost(), teacher)
     assert costs.zero2_state_bytes(taught, replicas) == whole + 4000
-    assert costs.zero2_traffic_bytes(taught, replicas) == (
-        costs.zero2_traffic_bytes(cost, replicas)
+    assert costs.gradient_traffic_bytes(taught, replicas) == (
+        costs.gradient_traffic_bytes(cost, replicas)
     )
 
 
 def test_zero2_traffic() -> None:
-    """Two ranks, measured: an all-reduce of 2 bytes a parameter, an all-gather of fp32 weights."""
+    """16-bit gradients go to the owners of their shards, weights back in 32 or 16 bits."""
     cost = costs.StageCost(costs.Cost(trainable=1000), costs.Cost(), costs.Cost())
-    assert costs.zero2_traffic_bytes(cost, 2) == 2 * 1000 + 2 * 1000
-    assert costs.zero2_traffic_bytes(cost, 4, 3) == 3 * 3000 + 3000
-    assert costs.zero2_traffic_bytes(cost, 1) == 0
+    assert costs.gradient_traffic_bytes(cost, 2) == 1000
+    assert costs.weight_traffic_bytes(cost, 4) == 3000
+    assert costs.weight_traffic_bytes(cost, 4, "16bit") == 1500
+    assert costs.gradient_traffic_bytes(cost, 1) == costs.weight_traffic_bytes(cost, 1) == 0
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 8])
+def test_state_of_other_kinds(replicas: int) -> None:
+    """Bytes a parameter: 6 of weights, 4 of gradients, 12 of optimizer; 2, 2 and 12 if pure."""
+    cost = costs.StageCost(costs.Cost(trainable=24_000), costs.Cost(), costs.Cost())
+    found = {
+        (zero3, pure): costs.state_bytes(cost, replicas, zero3=zero3, pure=pure)
+        for zero3 in (False, True)
+        for pure in (False, True)
+    }
+    shard = 24_000 // replicas
+    assert found[False, False] == costs.zero2_state_bytes(cost, replicas)
+    assert found[False, True] == 4 * 24_000 + 12 * shard
+    assert found[True, False] == 22 * shard
+    assert found[True, True] == 16 * shard
 
 
 @pytest.mark.parametrize(

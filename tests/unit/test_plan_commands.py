@@ -47,7 +47,7 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "memory_bytes",
     }
     assert all(fields <= plan.keys() for plan in report["plans"])
-    assert "best: data parallelism alone, --stages 1" in capsys.readouterr().out
+    assert "best: data parallelism alone, ideally overlapped, --stages 1" in capsys.readouterr().out
 
 
 def test_schedule_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,15 +16,18 @@ from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt
 from deepmim_scale.pipeline.ir import Kind
 from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.plan.cost import (
+    gradient_traffic_bytes,
     model_cost,
     stage_cost,
     teacher_cost,
     zero2_state_bytes,
 )
+from deepmim_scale.plan.data_parallel import data_parallel_rows
 from deepmim_scale.plan.hardware import GPUS, NETWORKS
 from deepmim_scale.plan.messages import num_bytes, transfers_of
 from deepmim_scale.plan.partition import format_layout
-from deepmim_scale.plan.planner import Cluster, Plan, enumerate_plans, predict, to_json
+from deepmim_scale.plan.planner import enumerate_plans, predict, to_json
+from deepmim_scale.plan.row import Cluster, Plan
 from deepmim_scale.plan.timing import (
     layout_of,
     memory_of,
@@ -48,13 +51,13 @@ def best_of(plans: list[Plan], stages: int) -> Plan:
     return next(plan for plan in plans if (plan.stages > 1) == (stages > 1))
 
 
-# 32 V100 in 4 nodes, 4096 images: is the best a pipeline, and how much faster (or slower)?
+# 32 V100 in 4 nodes, 4096 images: is the best a pipeline?
 VERDICTS = [
     ("deepmim_vit_b_48", "8xhdr", False),
-    ("deepmim_vit_b_48", "edr", True),
+    ("deepmim_vit_b_48", "edr", False),
     ("deepmim_vit_b_48", "25gbe", True),
+    ("deepmim_vit_b_48", "10gbe", True),
     ("deepmim_vit_b_12", "edr", False),
-    ("deepmim_vit_b_12", "10gbe", True),
 ]
 
 
@@ -65,36 +68,77 @@ def plans_of(preset: str, network: str) -> list[Plan]:
 
 @pytest.mark.parametrize(("preset", "network", "pipeline"), VERDICTS)
 def test_verdicts(preset: str, network: str, pipeline: bool) -> None:
+    """Against data parallelism that hides all it can; with equal gathers on both sides."""
     plans = plans_of(preset, network)
-    assert (plans[0].stages > 1) == pipeline
-    ratio = best_of(plans, 1).step_seconds / best_of(plans, 2).step_seconds
-    if (preset, network) == ("deepmim_vit_b_48", "25gbe"):
-        assert 1.7 <= ratio <= 2.0, ratio
+    assert (plans[0].kind == "pipeline") == pipeline
+    assert plans[0].is_executed
+    if (preset, network) == ("deepmim_vit_b_48", "10gbe"):
+        # The cards bound it: every image's state crosses each boundary twice.
+        ratio = best_of(plans, 1).step_seconds / plans[0].step_seconds
+        assert 1.6 <= ratio <= 1.9, ratio
+        cards = 2 * 4096 * 4 * 50 * 768 / 1.25e9
+        assert cards < plans[0].step_seconds < 1.15 * cards
 
 
-def test_no_communication_hides() -> None:
-    """Data parallelism alone, by hand: a step is its compute and then its communication."""
-    for network in ("8xhdr", "edr"):
-        best = best_of(plans_of("deepmim_vit_b_48", network), 1)
-        assert (best.microbatch, best.reduction) == (128, "per_microbatch")
-        whole = model_cost(model("deepmim_vit_b_48")).whole
-        compute = 128 * whole.training_flops / (125e12 * 0.38 * 128 / 130)
-        # Ring all-reduce of 16-bit gradients, all-gather of fp32 weights, over the node's card.
-        sent = 31 / 32 * (2 * 2 + 4) * whole.trainable
-        assert best.reduction_bytes == pytest.approx(sent)
-        assert best.reduction_seconds == pytest.approx(sent / (NETWORKS[network] * 1e9))
-        assert best.step_seconds == pytest.approx(compute + best.reduction_seconds)
+def test_data_parallelism_by_hand() -> None:
+    """With nothing hidden a step is its compute and then its communication; ideally the larger."""
+    whole = model_cost(model("deepmim_vit_b_48")).whole
+    compute = 128 * whole.training_flops / (125e12 * 0.38 * 128 / 130)
+    for gather, num_bytes_each in (("fp32", 2 + 4), ("16bit", 2 + 2)):
+        rows = {
+            row.overlap: row
+            for row in data_parallel_rows(model("deepmim_vit_b_48"), cluster("25gbe"), 128, 1)
+            if (row.kind, row.weights, row.recompute) == ("data_parallel", "autocast", "none")
+            and row.weight_gather == gather
+        }
+        # 16-bit gradients to their owners, weights back, over the node's card.
+        sent = 31 / 32 * num_bytes_each * whole.trainable
+        for row in rows.values():
+            assert row.reduction_bytes == pytest.approx(sent)
+            assert row.reduction_seconds == pytest.approx(sent / 3.125e9)
+            assert row.compute_seconds == pytest.approx(compute)
+        assert rows["none"].step_seconds == pytest.approx(compute + sent / 3.125e9)
+        assert rows["overlapped"].step_seconds == pytest.approx(max(compute, sent / 3.125e9))
+
+
+def test_what_saves_memory() -> None:
+    """Recomputing costs a forward pass; pure 16-bit weights and ZeRO-3 keep less."""
+    config = model("deepmim_vit_b_48")
+    cost = model_cost(config)
+    rows = {
+        (row.kind, row.weights, row.recompute): row
+        for row in data_parallel_rows(config, cluster("edr"), 64, 2)
+        if row.overlap == "none"
+    }
+    plain = rows["data_parallel", "autocast", "none"]
+    again = rows["data_parallel", "autocast", "encoder"]
+    share = 1 + cost.encoder.forward_flops / cost.whole.training_flops
+    assert again.compute_seconds == pytest.approx(share * plain.compute_seconds)
+    assert again.activation_bytes < 0.4 * plain.activation_bytes
+    assert plain.memory_bytes == max(row.memory_bytes for row in rows.values())
+    smallest = rows["zero3", "pure_16bit", "encoder"]
+    assert smallest.memory_bytes == min(row.memory_bytes for row in rows.values())
+    # Twice for each of 2 micro-batches the weights in 16 bits, and once the gradients.
+    sent = 31 / 32 * (2 * 2 + 1) * 2 * cost.whole.trainable
+    assert smallest.reduction_bytes == pytest.approx(sent)
 
 
 def test_each_microbatch_may_reduce() -> None:
-    """per_microbatch: an all-reduce for each of 4 micro-batches, one all-gather for all."""
+    """per_microbatch: gradients are sent for each of 4 micro-batches, weights once for all."""
     arguments = (model("deepmim_vit_b_12"), cluster("edr"), 1, "dib", 32, 4)
     once, often = (
         predict(*arguments, reduction=reduction) for reduction in ("coalesced", "per_microbatch")
     )
-    assert often.reduction_bytes == pytest.approx((4 + 1) / 2 * once.reduction_bytes)
-    assert often.reduction_seconds == pytest.approx(2.5 * once.reduction_seconds)
+    assert often.reduction_bytes == pytest.approx((4 * 2 + 4) / (2 + 4) * once.reduction_bytes)
     assert often.memory_bytes < once.memory_bytes
+
+
+def test_sums_hide_behind_the_last_micro_batch() -> None:
+    """On one stage 90 % of a sum that takes as long as a backward pass lies beside it."""
+    arguments = (model("deepmim_vit_b_12"), cluster("hdr"), 1, "dib", 64, 2)
+    late, hidden = (predict(*arguments, reduction=r) for r in ("coalesced", "overlapped"))
+    sums = gradient_traffic_bytes(model_cost(model("deepmim_vit_b_12")), 32) / 25e9
+    assert late.step_seconds - hidden.step_seconds >= 0.89 * sums
 
 
 def test_the_teacher_is_planned() -> None:
@@ -130,7 +174,9 @@ def test_memory_and_bytes_by_hand() -> None:
     assert (plan.replicas, plan.layout) == (8, "3d|3d|3d|3d")
     layout = layout_of(config, 4)
     memory = memory_of(config, layout, 64)
-    assert plan.activation_bytes == 4 * (memory[0].encoder + memory[0].decoders)
+    # The first rank keeps 4 micro-batches, and room for the next gradient.
+    kept = 4 * (memory[0].encoder + memory[0].decoders) + memory[0].messages["gradient"]
+    assert plan.activation_bytes == kept
     # An inner stage sends activations down and gradients up.
     assert plan.boundary_bytes == 8 * 2 * 64 * num_bytes(
         method_of(config).boundary(config, 3), Precision.BFLOAT16
@@ -143,10 +189,10 @@ def test_memory_and_bytes_by_hand() -> None:
 
 @pytest.mark.parametrize("network", ["8xhdr", "25gbe"])
 def test_long_steps_continue_at_the_slowest_rank(network: str) -> None:
-    """24 micro-batches predicted from 8 against the simulation of all of them."""
+    """48 micro-batches predicted from 24 against the simulation of all of them."""
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     for name in ("1f1b", "dib", "dib_w"):
-        plan = predict(config, cluster(network), 4, name, 32, 24)
+        plan = predict(config, cluster(network), 4, name, 32, 48)
         layout = layout_of(config, 4)
         rate = 125e12 * 0.38 * 32 / 34
         # Every boundary is between two nodes, whose card 8 replicas share.
@@ -156,16 +202,16 @@ def test_long_steps_continue_at_the_slowest_rank(network: str) -> None:
             32,
             rate,
             lambda *_: 8 / (NETWORKS[network] * 1e9),
+            lanes=lambda source, target: (f"out of {source}", f"into {target}"),
             split=name == "dib_w",
         )
         exact = build_schedule(
             name,
             SchedulingProblem(
-                pipeline_of(config, layout), 24, times, memory_of(config, layout, 32)
+                pipeline_of(config, layout), 48, times, memory_of(config, layout, 32), quick=True
             ),
         )
-        compute = plan.step_seconds - plan.reduction_seconds
-        assert compute == pytest.approx(exact.timeline.makespan, rel=0.04), name
+        assert plan.compute_seconds == pytest.approx(exact.timeline.makespan, rel=0.04), name
 
 
 def test_the_cut_respects_the_memory() -> None:

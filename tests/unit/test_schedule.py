@@ -139,6 +139,11 @@ def swap(first: Instruction, second: Instruction) -> Edit:
 
 FORWARD_1 = Instruction("forward", 1, 0)
 RECEIVE_1 = Instruction("receive", 1, 0, "activation", 0)
+ENCODER_SUM, DECODERS_SUM = (
+    Instruction("reduce_encoder", 0, 1),
+    Instruction("reduce_decoders", 0, 1),
+)
+WAIT_1 = replace(RECEIVE_1, kind="wait")
 DAMAGE: dict[str, tuple[int, Edit, str]] = {
     "missing receive": (1, lambda steps: steps.remove(RECEIVE_1), "0 receives, not 1"),
     "double send": (
@@ -148,7 +153,24 @@ DAMAGE: dict[str, tuple[int, Edit, str]] = {
     ),
     "missing step": (1, lambda steps: steps.remove(FORWARD_1), "0 times, not 1"),
     "double step": (1, lambda steps: steps.insert(4, FORWARD_1), "2 times, not 1"),
-    "used before it came": (1, swap(RECEIVE_1, FORWARD_1), "comes before what it needs"),
+    "used before it came": (1, swap(WAIT_1, FORWARD_1), "comes before what it needs"),
+    "awaited before it is posted": (1, swap(RECEIVE_1, WAIT_1), "comes before what it needs"),
+    "missing wait": (1, lambda steps: steps.remove(WAIT_1), "0 waits, not 1"),
+    "reduced too early": (
+        0,
+        lambda steps: [steps.insert(0, ENCODER_SUM), steps.insert(-1, DECODERS_SUM)],
+        "comes before what it needs",
+    ),
+    "reduced in part": (
+        0,
+        lambda steps: steps.insert(-1, ENCODER_SUM),
+        "reduce_decoders of stage 0 covers micro-batches \\[\\], which must",
+    ),
+    "reduced nothing": (
+        0,
+        lambda steps: steps.insert(-1, replace(ENCODER_SUM, stage=1)),
+        "reduce_encoder of stage 1: it has nothing to reduce",
+    ),
     "sent before it was made": (
         0,
         swap(Instruction("forward", 0, 0), Instruction("send", 0, 0, "activation", 1)),
@@ -179,11 +201,11 @@ def test_validator_finds_damage(name: str) -> None:
 def test_validator_finds_deadlock() -> None:
     """Rank 0 waits for a gradient before it sends the activation that the gradient needs."""
     schedule = make("dib", Pipeline(2, (False, False)), 1).schedule
-    receive = Instruction("receive", 0, 0, "gradient", 1)
+    wait = Instruction("wait", 0, 0, "gradient", 1)
 
     def edit(steps: Steps) -> None:
-        steps.remove(receive)
-        steps.insert(0, receive)
+        steps.remove(wait)
+        steps.insert(1, wait)
 
     with pytest.raises(Deadlock, match=r"rank 0 at .*gradient.* rank 1 at .*activation"):
         validate(damaged(schedule, 0, edit))
@@ -200,7 +222,8 @@ def test_validator_finds_memory() -> None:
 
 def test_json_has_no_empty_fields() -> None:
     schedule = make("1f1b", Pipeline(2, (True, True)), 1).schedule
-    first, second = instructions_to_json(schedule, 1)[:2]
+    first, wait, second = instructions_to_json(schedule, 1)[:3]
+    assert wait == first | {"kind": "wait"}
     assert first == {
         "kind": "receive",
         "stage": 1,
