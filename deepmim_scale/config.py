@@ -339,6 +339,8 @@ class RunConfig(FrozenConfig):
     """Newest checkpoints kept."""
     keep_every: NonNegativeInt = 0
     """Checkpoints after every so many steps are kept for good; 0 keeps the newest only."""
+    log_every: PositiveInt = 1
+    """Steps between rows of metrics; a step without a row waits for the device once."""
     print_every: PositiveInt = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"

@@ -64,7 +64,8 @@ class _QueuedLinear(Function):
         flat = grad.flatten(0, -2)
 
         def accumulate() -> None:
-            with torch.no_grad():
+            # Out of autocast, which on a GPU would sum biases in fp32 and leave them unrounded.
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 _add_rows(owner.weight, rows, flat.t().mm(x.flatten(0, -2)))
                 _add_rows(owner.bias, rows, flat.sum(0))
 

@@ -30,6 +30,11 @@ from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.pipeline.ir import Reduction
 from deepmim_scale.precision import Precision
 
+# A middle rank has more streams than the 8 hardware queues of a GPU by default; a message that
+# nobody takes up yet must not hold up computations in its queue.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+# torch 2.15 has a second NCCL backend, whose communicators all ranks must make at once.
+os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -86,11 +91,12 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
     else:
         # Its shared-memory operation costs a build and serves inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed adopts a group that exists. Its own would be bound to a GPU, which gloo refuses, and
+    # which makes every later group a collective of all ranks.
+    dist.init_process_group(backend, timeout=timeout)
     deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_seconds),
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
     return device
 

@@ -58,6 +58,7 @@ _FREE = frozenset(
         "save_every",
         "keep_checkpoints",
         "keep_every",
+        "log_every",
         "print_every",
         "resume",
         "from_step",

@@ -64,6 +64,12 @@ def prepare(config: RunConfig) -> PreparedRun:
             f"stages={config.stages}: must divide the {pluralize(world, 'process', 'processes')}; "
             "change --stages or the launcher's number of processes"
         )
+    if config.stages > 1 and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        # A send would then wait for its receiver, which waits in its own send.
+        raise UserError(
+            f"stages={config.stages}: never end under CUDA_LAUNCH_BLOCKING; unset it, or use "
+            "--stages 1"
+        )
     changes = difference(config)
     objective_of(config.model).check_run(config, networks)
     batch = resolve_batch(config, num_replicas=world // config.stages)

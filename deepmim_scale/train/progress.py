@@ -26,10 +26,16 @@ class Progress:
         if self._is_main and sys.stdout.isatty():
             self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stdout)
 
-    def step(self, row: dict[str, Any], total: int, every: int) -> None:
-        """Report one step: bar, and a line every `every` steps, at the end and if skipped."""
+    def step(self, row: dict[str, Any] | None, total: int, every: int) -> None:
+        """Report one step: bar, and a line every `every` steps, at the end and if skipped.
+
+        Without a row (none was due) the bar moves on.
+        """
         if self._bar is not None:
             self._bar.update()
+        if row is None:
+            return
+        if self._bar is not None:
             self._bar.set_postfix_str(f"loss {row['loss']:.4f}")
         if row["step"] % every == 0 or row["step"] == total or row["skipped"]:
             self.print_main(step_line(row, total))

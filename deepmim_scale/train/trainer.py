@@ -109,8 +109,8 @@ class Trainer:
                     if self.step == config.reschedule_after:
                         self.reschedule()
                     if self._validates_after(self.step):
-                        row |= self.validate()
-                    if writer is not None:
+                        row = (row or {}) | self.validate()
+                    if writer is not None and row is not None:
                         writer.write(row)
                     progress.step(row, self.total_steps, config.print_every)
                     if self._saves_after(self.step):
@@ -168,8 +168,10 @@ class Trainer:
             device=self.device,
         )
 
-    def train_step(self, batches: list[Batch], wait_seconds: float) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: the row of metrics, and whether it changed the weights."""
+    def train_step(
+        self, batches: list[Batch], wait_seconds: float
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """One optimizer step: the row of metrics if it is due, and whether weights changed."""
         began = time.perf_counter()
         config, names = self.config, losses_of(self.config.model)
         epoch = self.step / self.samples.steps_per_epoch
@@ -190,6 +192,8 @@ class Trainer:
             self.objective.after_step(global_parameters(self.engine.module))
         self.step += 1
         self.updates += applied
+        if applied and not self._reports_after(self.step):
+            return None, applied  # nothing more is read from the device
         # A loss is known on the rank that evaluates it; elsewhere it counts as 0.
         none = torch.zeros((), dtype=torch.float64, device=self.device)
         mine = [sums.get(name, none) / len(batches) for name in names]
@@ -220,6 +224,12 @@ class Trainer:
             "loader_wait_ms": wait_seconds * 1e3,
         }
         return row, applied
+
+    def _reports_after(self, step: int) -> bool:
+        """Whether a row is due, to be written or to be printed."""
+        config = self.config
+        due = step % config.log_every == 0 or step % config.print_every == 0
+        return due or self.finished or self._validates_after(step)
 
     def _gather(self, scalars: list[Tensor], numbers: list[float]) -> list[list[float]]:
         """A row for each rank: scalars on the device, then numbers that the host knows."""

@@ -110,6 +110,18 @@ CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
 }
 
 
+def test_blocking_launches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    with pytest.raises(SystemExit) as stop:
+        main([*TWO, "--data", str(tmp_path), "--output", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    expected = "error: stages=2: never end under CUDA_LAUNCH_BLOCKING; unset it, or use --stages 1"
+    assert capsys.readouterr().err == f"{expected}\n"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pipeline(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
