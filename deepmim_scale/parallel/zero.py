@@ -116,10 +116,9 @@ def build_optimizer(
     eps: float,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """AdamW of torch (fused on a GPU), or FusedAdam of NVIDIA apex."""
+    """torch's AdamW, fused, or FusedAdam of NVIDIA apex."""
     if kind == "adamw":
-        fused = device.type == "cuda"
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
     from apex.optimizers import FusedAdam
 
     return FusedAdam(groups, lr=0.0, betas=betas, eps=eps, adam_w_mode=True)
