@@ -24,11 +24,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.parallel import zero
-from deepmim_scale.parallel.p2p import channels_of
+from deepmim_scale.parallel.grid import make_group
+from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.presets import load_preset
 from deepmim_scale.train.prepare import prepare
@@ -155,16 +157,36 @@ def count_step(config: RunConfig) -> dict[str, Any]:
 
 
 def communicator_collectives() -> int:
-    """Collectives of all ranks to make the groups of a pipeline of 8 stages on 512 ranks.
+    """Collectives in which a rank makes groups, as the first of 512 in a pipeline of 8 stages.
 
-    DeepSpeed's grid makes one for each replica's pipeline, each stage's replicas, each slice and
-    each rank; we make one per channel and replica, and one per replica for the images.
+    torch's fake process group stands for the other ranks; DeepSpeed's own groups are counted too.
     """
+    made = 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            return function(*args, **kwargs)
+
+        return call
+
     config = load_preset("deepmim_vit_b_48").replace(stages=STAGES)
-    replicas = RANKS // STAGES
-    grid = replicas + STAGES + replicas + RANKS
-    channels = len(channels_of(training_plan(config, STAGES).built.schedule))
-    return grid + replicas * (channels + 1)
+    schedule = training_plan(config, STAGES).built.schedule
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    module = torch.nn.Linear(64, 64)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    with (
+        mock.patch.object(dist, "new_group", counting(dist.new_group)),
+        mock.patch.object(dist, "split_group", counting(dist.split_group)),
+    ):
+        grid = zero.build_grid(STAGES)
+        optimizer = torch.optim.AdamW(module.parameters())
+        zero.build_engine(module, optimizer, settings, grid)
+        Channels(schedule, grid.pipe_groups, torch.device("cpu"), 60.0)
+        make_group(grid.pipe_groups)  # the loader's
+    dist.destroy_process_group()
+    return made
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepmim_scale.parallel.grid import make_group
 from deepmim_scale.parallel.stages import TensorRoom
 from deepmim_scale.pipeline.ir import Instruction, Message, Payload, Pipeline, Schedule
 
@@ -26,6 +27,20 @@ def channels_of(schedule: Schedule) -> list[Channel]:
     """All channels of a schedule, in an order that every rank agrees on."""
     sends = [step for rank in schedule.ranks for step in rank if step.kind == "send"]
     return sorted({_channel(schedule.pipeline, step) for step in sends})
+
+
+def rounds_of(channels: Sequence[Channel]) -> list[list[Channel]]:
+    """The channels in rounds, in each of which no rank has two."""
+    rounds: list[list[Channel]] = []
+    for channel in channels:
+        ends = set(channel[1:])
+        free = (r for r in rounds if not any(ends & set(other[1:]) for other in r))
+        found = next(free, None)
+        if found is None:
+            rounds.append([channel])
+        else:
+            found.append(channel)
+    return rounds
 
 
 def _channel(pipeline: Pipeline, message: Instruction) -> Channel:
@@ -61,19 +76,22 @@ class Channels:
         self._groups: dict[Channel, Any] = {}
         # A communicator of two ranks for each channel. On a shared one NCCL carries messages one
         # by one, and a send holds up everything behind it until the other side receives: a ring of
-        # ranks that all send first would never end. Every rank takes part in making every group.
-        for channel in channels_of(schedule):
-            for ranks in replicas:
-                pair = [ranks[channel[1]], ranks[channel[2]]]
-                group = dist.new_group(pair, timeout=timeout)
-                if me in pair:
+        # ranks that all send first would never end.
+        for channels in rounds_of(channels_of(schedule)):
+            pairs = {
+                channel: [[ranks[channel[1]], ranks[channel[2]]] for ranks in replicas]
+                for channel in channels
+            }
+            group = make_group([pair for some in pairs.values() for pair in some], timeout)
+            for channel, some in pairs.items():
+                if any(me in pair for pair in some):
                     self._groups[channel] = group
         self._connect()
 
     def _connect(self) -> None:
         # The first message of a pair blocks both hosts until both are there: now, in one order.
         token = torch.zeros(1, device=self._where)
-        for (_, source, target), group in self._groups.items():
+        for (_, source, target), group in sorted(self._groups.items(), key=lambda entry: entry[0]):
             if dist.get_rank() == self._ranks[source]:
                 dist.send(token, self._ranks[target], group=group)
             else:

@@ -8,7 +8,6 @@ this file assumes of the installed release is checked by tests/distributed/test_
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import UserError
 from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer
+from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.pipeline.ir import Reduction
 from deepmim_scale.precision import Precision
@@ -40,7 +40,6 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -101,11 +100,9 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
     return device
 
 
-def build_grid(num_stages: int) -> PipelineParallelGrid:
+def build_grid(num_stages: int) -> ProcessGrid:
     """Process grid: replicas of a stage adjacent, neighboring stages num_replicas ranks apart."""
-    num_replicas = dist.get_world_size() // num_stages
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
-        return PipelineParallelGrid(PipeDataParallelTopology(num_stages, num_replicas))
+    return ProcessGrid(num_stages)
 
 
 def build_optimizer(
@@ -128,7 +125,7 @@ def build_engine(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     ds_config: dict[str, Any],
-    grid: PipelineParallelGrid,
+    grid: ProcessGrid,
 ) -> Engine:
     """A ZeRO-2 engine for this rank's stage; ds_config is resolved (no "auto").
 

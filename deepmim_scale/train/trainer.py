@@ -33,6 +33,7 @@ from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.methods import decoder_names, losses_of
 from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.grid import make_group
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.runs.environment import record_start
@@ -152,10 +153,7 @@ class Trainer:
         )
         self.progress.print_main(reason)
         # The loader's collectives run on its own thread: they need a communicator of their own.
-        # Every rank takes part in making every group, as NCCL demands.
-        groups: list[Any] = [
-            dist.new_group(ranks) for ranks in self.grid.pipe_groups if config.stages > 1
-        ]
+        group = make_group(self.grid.pipe_groups) if config.stages > 1 else None
         return build_step_loader(
             config,
             self.prepared.train,
@@ -163,7 +161,7 @@ class Trainer:
             Share(self.dp_rank, batch.num_replicas, batch.microbatches),
             Span(self.step, self.total_steps - self.step),
             FeedOptions(config.feed, config.check_feed, config.on_bad),
-            group=groups[self.dp_rank] if groups else None,
+            group=group,
             backend=backend,
             device=self.device,
         )
