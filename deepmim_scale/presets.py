@@ -141,6 +141,24 @@ def deepmim_vit_b_48() -> RunConfig:
     return _deepmim_vit_b(48)
 
 
+def _deepmim_large(width: int, depth: int) -> RunConfig:
+    """Heads of 64, and ViT-B's decoders, as the decoder does not grow with the encoder (MAE)."""
+    sizes = VIT_B | {"embed_dim": width, "num_heads": width // 64}
+    return RunConfig(
+        model=ModelConfig(method="deepmim", depth=depth, taps=even_taps(depth, 4), **sizes)
+    )
+
+
+def deepmim_vit_1b() -> RunConfig:
+    """DeepMIM with 40 blocks of width 1536 (1.2 B parameters), four decoders spread evenly."""
+    return _deepmim_large(1536, 40)
+
+
+def deepmim_vit_4b() -> RunConfig:
+    """DeepMIM with 56 blocks of width 2432 (4.1 B parameters), four decoders spread evenly."""
+    return _deepmim_large(2432, 56)
+
+
 def mirl_vit_s_54() -> RunConfig:
     """MIRL ViT-S with 54 blocks: 6 segments, decoders of 1 block, width 384."""
     model = ModelConfig(
@@ -177,6 +195,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         deepmim_vit_b_24,
         deepmim_vit_b_36,
         deepmim_vit_b_48,
+        deepmim_vit_1b,
+        deepmim_vit_4b,
         mirl_vit_s_54,
         mirl_vit_b_48,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -57,14 +58,27 @@ def plan(args: PlanArguments) -> None:
         "stages replicas  micro-batch  schedule      images/s   MFU   idle  memory/GiB  sent/MB"
         "  reduced/MB  how"
     )
-    printed: set[tuple[object, ...]] = set()
-    for row in plans:
-        saving = (row.weights, row.weight_gather, row.recompute, row.overlap)
-        way = (row.kind, row.stages, row.placement, row.schedule, *saving)
-        if way not in printed:
-            print(_plan_line(row))
-        printed.add(way)
+    for row in _shown(plans, executed=True):
+        print(_plan_line(row))
+    print("beside them, what no run does (all rows: --json):")
+    for row in _shown(plans, executed=False):
+        print(_plan_line(row))
     print(_verdict(plans))
+
+
+def _shown(plans: list[Plan], *, executed: bool) -> list[Plan]:
+    """The fastest row of each way; what saves memory only where plain data parallelism needs it."""
+    plain = [row for row in plans if row.kind == "data_parallel" and row.is_executed]
+    crowded = not any(row.fits for row in plain)
+    found: dict[tuple[object, ...], Plan] = {}
+    for row in plans:
+        runs = row.is_executed and row.weight_gather == "fp32"
+        saves = row.weights != "autocast" or row.recompute != "none"
+        if runs != executed or row.overlap == "none" or (saves and not crowded):
+            continue
+        way: tuple[object, ...] = (row.kind, row.weights, row.weight_gather, row.recompute)
+        found.setdefault((*way, row.stages, row.placement, row.schedule) if runs else way, row)
+    return list(found.values())
 
 
 _HIDDEN = {"none": "after computation", "overlapped": "ideally hidden"}
@@ -107,6 +121,14 @@ def _verdict(plans: list[Plan]) -> str:
         text += f" --layout '{best.layout}'"
     if others:
         text += f"; {others[0].step_seconds / best.step_seconds:.2f} times as fast as {other}"
+    sharded = [row for row in plans if row.kind == "zero3" and row.overlap == "overlapped"]
+    plain = [row for row in sharded if row.weights == "autocast" and row.recompute == "none"]
+    fastest = min((row.step_seconds for row in plain if row.fits), default=math.inf)
+    if fastest < best.step_seconds:
+        text += (
+            f"; ZeRO-3 or FSDP2, which no run here does, would reach "
+            f"{best.step_seconds / fastest:.2f} times that, ideally overlapped"
+        )
     return f"{text}; limited by {best.limit}"
 
 

@@ -75,7 +75,7 @@ class Plan:
     @property
     def is_executed(self) -> bool:
         """Whether it is what a run does: the other rows are there to be compared with."""
-        own = self.kind == "pipeline" or self.overlap == "overlapped"
+        own = self.overlap == "overlapped" and self.kind != "zero3"
         return own and self.weights == "autocast" and self.recompute == "none"
 
     @property

@@ -218,10 +218,13 @@ def test_profile_writes_a_trace(photos: str, tmp_path: Path) -> None:
         "--profile",
         "--validate-every",
         "0",
+        "--log-every",
+        "5",
     ]
     finished("python", *words, "--data", photos, "--output", str(tmp_path / "run"))
     trace = json.loads((tmp_path / "run" / "trace_rank0.json").read_text())
     assert len(trace["traceEvents"]) > 100
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [5, 10, 13]
 
 
 def test_bad_input_under_a_launcher(photos: str, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from functools import cache
 from itertools import pairwise, product, starmap
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepmim_scale.errors import UserError
-from deepmim_scale.parallel.p2p import Channel, channels_of
+from deepmim_scale.parallel.p2p import Channel, channels_of, rounds_of
 from deepmim_scale.pipeline.capacity import ends_with_capacity
 from deepmim_scale.pipeline.ir import Message, Payload, Schedule
 from deepmim_scale.pipeline.passes import post_receives
@@ -65,6 +67,28 @@ def test_a_channel_carries_its_messages_in_one_order(way: tuple[str, int, str, s
                 orders[step.kind].setdefault(channel, []).append(step.message)
     assert orders["send"] == orders["receive"] == orders["wait"]
     assert channels_of(schedule) == sorted(orders["send"])
+
+
+@given(
+    ranks=st.integers(2, 9),
+    pairs=st.sets(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30),
+)
+def test_rounds_of_channels(ranks: int, pairs: set[tuple[int, int]]) -> None:
+    """Every channel once, no rank twice in a round: members then make one group each."""
+    channels: list[Channel] = [
+        ("activation", a % ranks, b % ranks) for a, b in sorted(pairs) if a % ranks != b % ranks
+    ]
+    rounds = rounds_of(channels)
+    assert sorted(sum(rounds, [])) == sorted(channels)
+    for some in rounds:
+        ends = [end for channel in some for end in channel[1:]]
+        assert len(ends) == len(set(ends))
+
+
+def test_a_pipeline_needs_few_rounds() -> None:
+    for stages in (2, 3, 6, 8, 12):
+        preset = "deepmim_vit_b_48" if stages == 8 else "debug"
+        assert len(rounds_of(channels_of(schedule_of(preset, stages, "dib")))) <= 4
 
 
 Lane = Callable[[Payload, int, int], Hashable]
