@@ -79,7 +79,7 @@ def test_rounds_of_channels(ranks: int, pairs: set[tuple[int, int]]) -> None:
         ("activation", a % ranks, b % ranks) for a, b in sorted(pairs) if a % ranks != b % ranks
     ]
     rounds = rounds_of(channels)
-    assert sorted(sum(rounds, [])) == sorted(channels)
+    assert sorted(channel for some in rounds for channel in some) == sorted(channels)
     for some in rounds:
         ends = [end for channel in some for end in channel[1:]]
         assert len(ends) == len(set(ends))
