@@ -50,6 +50,8 @@ from deepspeed.utils import (
 
 Engine = Any  # a deepspeed.DeepSpeedEngine, which has no types
 MOMENTS = ("exp_avg", "exp_avg_sq")
+VECTOR = 16
+"""fp32 values that a CPU handles at once, at most."""
 _COMMUNICATION = {"bfloat16": "bf16", "float16": "fp16"}
 # Keys of our JSON that DeepSpeed does not read, or reads in a way that fails: with float16 its
 # torch_autocast scales by a GradScaler that neither lowers its scale on overflow nor is voted.
@@ -146,7 +148,7 @@ def build_engine(
         settings.setdefault("communication_data_type", _COMMUNICATION[precision])
     if precision == "pure_float16":
         settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale
-    with _without_muon():
+    with _padded(module, optimizer, len(counts)), _without_muon():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, mpu=grid, config=settings
         )
@@ -156,12 +158,13 @@ def build_engine(
     # through every gradient before, at 13 launches for each parameter.
     sharded.check_overflow = partial(_check_norm, engine)
     sharded.scaled_global_norm = lambda *_, **__: torch.tensor(engine.gradients.norm)
+    known = set(module.parameters())
     # Its hooks run at every parameter of every backward call, to reduce what we reduce.
     for hook in sharded._grad_acc_hooks:
         hook.remove()
     engine.gradients = GradientReducer(
         [
-            _flat_group(flat, parameters, group.get("part", ""))
+            _flat_group(flat, [p for p in parameters if p in known], group.get("part", ""))
             for flat, parameters, group in zip(
                 sharded.bit16_groups_flat,
                 sharded.round_robin_bit16_groups,
@@ -186,6 +189,30 @@ def build_engine(
     if isinstance(scaler, DynamicLossScaler):
         scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, and says so
     return engine
+
+
+@contextlib.contextmanager
+def _padded(
+    module: nn.Module, optimizer: torch.optim.Optimizer, num_replicas: int
+) -> Iterator[None]:
+    """Fill each parameter group up, so that every shard is a multiple of VECTOR values.
+
+    Fused AdamW rounds what is left beyond whole vectors in another way on a CPU, and bits would
+    depend on how a model is cut into stages. DeepSpeed wants every parameter to be the module's
+    while it is set up.
+    """
+    names = []
+    for number, group in enumerate(optimizer.param_groups):
+        parameters: list[nn.Parameter] = group["params"]
+        rest = -sum(p.numel() for p in parameters) % (VECTOR * num_replicas)
+        if rest:
+            names.append(f"padding{number}")
+            fill = nn.Parameter(parameters[0].new_zeros(rest))
+            module.register_parameter(names[-1], fill)
+            parameters.append(fill)
+    yield
+    for name in names:
+        delattr(module, name)
 
 
 @contextlib.contextmanager
