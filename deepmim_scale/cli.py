@@ -103,6 +103,7 @@ def _overview(group: str = "") -> str:
     ]
     if not group:
         lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
+        lines.insert(1, f"  {'finetune':22s}fine-tune an encoder on your classes, likewise")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
     return "\n".join(
         [usage, "", *lines, "", "Every command has --help; --version says which release this is."]
@@ -138,6 +139,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from deepmim_scale.train.pretrain import main as pretrain
 
         pretrain(words[1:], prog="deepmim-scale pretrain")
+        return
+    if words and words[0] == "finetune":
+        from deepmim_scale.finetune.command import main as finetune
+
+        finetune(words[1:], prog="deepmim-scale finetune")
         return
     run_command(lambda: _dispatch(words))
 

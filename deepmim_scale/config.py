@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 from pydantic import Field, field_validator, model_validator
@@ -376,6 +376,18 @@ class RunConfig(FrozenConfig):
         return self
 
 
-def num_steps(config: RunConfig, steps_per_epoch: int) -> int:
+class RunLength(Protocol):
+    """How long a run of any kind is."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, which replace epochs where they are given."""
+
+
+def num_steps(config: RunLength, steps_per_epoch: int) -> int:
     """Optimizer steps of the run."""
     return config.steps if config.steps is not None else round(config.epochs * steps_per_epoch)

@@ -36,7 +36,7 @@ _VIT_BASE = {
     "num_heads": 12,
     "mlp_ratio": 4.0,
 }
-_HF_BLOCK = {
+HF_BLOCK = {
     ".norm1.": ".layernorm_before.",
     ".norm2.": ".layernorm_after.",
     ".attn.proj.": ".attention.output.dense.",
@@ -86,7 +86,7 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
         name = renamed(ours, prefixes)
         if name is None:
             continue
-        for part, theirs in _HF_BLOCK.items():
+        for part, theirs in HF_BLOCK.items():
             name = name.replace(part, theirs)
         if ".attn.qkv." not in name:
             tensors[name] = weight

@@ -31,6 +31,8 @@ from deepmim_scale.runs.state import STATE, CheckpointState, describe_problem, r
 from deepmim_scale.settings import pluralize
 
 DIGEST = f"{STATE}.sha256"
+# Weights that a fine-tuned run publishes.
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def part_folder(final: Path) -> Path:

@@ -243,9 +243,12 @@ def gradient_norms(
 
 
 def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
-    """Clip, vote on overflow and update; returns (gradient norm over all stages, applied)."""
+    """Clip, vote on overflow and update; returns (gradient norm over all stages, applied).
+
+    A parameter group with an `lr_scale` moves at that multiple of the rate.
+    """
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     engine.set_gradient_accumulation_boundary(True)  # else step() silently does nothing
     skipped = engine.skipped_steps
     engine.step()

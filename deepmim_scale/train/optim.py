@@ -21,9 +21,11 @@ def peak_learning_rate(config: RunConfig, global_batch: int) -> float:
     return config.blr * global_batch / 256
 
 
-def learning_rate(peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float) -> float:
-    """Rate at a fractional epoch: linear from 0 during the warm-up, then a half-cosine to 0."""
+def learning_rate(
+    peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float, floor: float = 0.0
+) -> float:
+    """Rate at a fractional epoch: linear from 0 during the warm-up, a half-cosine to `floor`."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(total_epochs - warmup_epochs, 1e-12)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

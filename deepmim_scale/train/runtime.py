@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepmim_scale.checkpoint.save import load_objective, load_optimizer, load_weights
+from deepmim_scale.checkpoint.save import load_learned, load_optimizer, load_weights
 from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.models.blocks import compile_blocks
@@ -84,7 +84,7 @@ def build_runtime(
     engine = zero.build_engine(stages, optimizer, ds_config, grid)
     if checkpoint is not None:
         load_optimizer(checkpoint, engine)
-        load_objective(checkpoint, objective)
+        load_learned(checkpoint, objective)
     channels = Channels(schedule, grid.pipe_groups, device, config.timeout)
     objective.to(device)
     executor = Executor(plan, pp_rank, stages, channels, objective, precision_of(ds_config))

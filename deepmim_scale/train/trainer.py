@@ -92,7 +92,7 @@ class Trainer:
                 writer = MetricsWriter(config.output, self.step)
             if note:
                 progress.print_main(note)
-        self._check_shared()
+        check_shared(config.output)
         loader = self.build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
@@ -121,22 +121,6 @@ class Trainer:
             progress.close()
             if writer is not None:
                 writer.close()
-
-    def _check_shared(self) -> None:
-        """UserError, before the first save would fail, if a node does not see the folder."""
-        dist.barrier()
-        config_file = Path(self.config.output) / CONFIG
-        deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE  # NFS remembers what it did not find
-        while not config_file.is_file() and time.monotonic() < deadline:
-            time.sleep(1.0)
-        hosts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, "" if config_file.is_file() else socket.gethostname())
-        blind = sorted({host for host in hosts if host})
-        if blind:
-            raise UserError(
-                f"output={self.config.output}: not seen from {', '.join(blind)}; "
-                "give a folder that all nodes share"
-            )
 
     def build_loader(self) -> StepLoader:
         """The images of all steps that are left."""
@@ -320,6 +304,22 @@ class Trainer:
             on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
         ) as profiler:
             yield profiler
+
+
+def check_shared(output: str) -> None:
+    """UserError on every rank, before the first save would fail, if a node misses the folder."""
+    dist.barrier()
+    config_file = Path(output) / CONFIG
+    deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE  # NFS remembers what it did not find
+    while not config_file.is_file() and time.monotonic() < deadline:
+        time.sleep(1.0)
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, "" if config_file.is_file() else socket.gethostname())
+    blind = sorted({host for host in hosts if host})
+    if blind:
+        raise UserError(
+            f"output={output}: not seen from {', '.join(blind)}; give a folder that all nodes share"
+        )
 
 
 def total_loss(model: ModelConfig, losses: dict[str, float]) -> float:
