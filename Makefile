@@ -1,4 +1,4 @@
-# make setup | setup-all | pretrain | test | coverage | soak | lint; see README.md.
+# make setup | setup-all | pretrain | finetune | test | coverage | soak | lint; see README.md.
 PYTHON ?= python3
 # Another index for torch and torchvision together, e.g. https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
@@ -11,7 +11,7 @@ PINS := $(if $(TORCH_INDEX),,-c constraints.txt)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-all pretrain test coverage soak lint
+.PHONY: setup setup-all pretrain finetune test coverage soak lint
 
 setup: .venv/.setup
 setup-all: .venv/.setup-all
@@ -33,6 +33,12 @@ pretrain: setup
 	deepmim-scale analyze losses $(RUN)
 	deepmim-scale analyze reconstruct $(RUN)
 	deepmim-scale evaluate digits $(RUN)
+
+# Of the quickstart's encoder, which is pre-trained first if need be.
+finetune: setup
+	test -d $(RUN)/checkpoints || $(MAKE) pretrain
+	rm -rf runs/finetune
+	deepmim-scale evaluate finetune-digits $(RUN) --output runs/finetune --at-once $(NUM_PROCESSES)
 
 test: setup-all
 	python -m pytest -m "not soak"

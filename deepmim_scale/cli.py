@@ -57,6 +57,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_linear",
         "linear probe on your classes",
     ),
+    "evaluate finetune-digits": (
+        "finetune.digits",
+        "DigitsFinetuneArguments",
+        "run_digits_finetune",
+        "fine-tune on 100 digits, beside scratch",
+    ),
     "analyze reconstruct": (
         "analysis.commands",
         "ReconstructArguments",
