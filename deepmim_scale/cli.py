@@ -57,8 +57,20 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_linear",
         "linear probe on your classes",
     ),
+    "evaluate linear-sgd": (
+        "evaluate.probe_commands",
+        "LinearSgdArguments",
+        "run_linear_sgd",
+        "MAE's linear probe, by LARS",
+    ),
+    "evaluate attentive": (
+        "evaluate.probe_commands",
+        "AttentiveArguments",
+        "run_attentive",
+        "attentive probe of every tapped block",
+    ),
     "evaluate finetune-digits": (
-        "finetune.digits",
+        "evaluate.finetune_digits",
         "DigitsFinetuneArguments",
         "run_digits_finetune",
         "fine-tune on 100 digits, beside scratch",

@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from torch import Tensor
 from deepmim_scale.checkpoint import networks
 from deepmim_scale.checkpoint.export import HF_BLOCK, timm_tensors
 from deepmim_scale.checkpoint.files import BEST, LAST
+from deepmim_scale.checkpoint.sizes import CLASSES, EncoderSizes, sizes_in
 from deepmim_scale.errors import UserError
 from deepmim_scale.runs.folder import CHECKPOINTS, fine_tuned, load_run_config
 
-# Entries of the safetensors header, as JSON.
-SIZES, CLASSES = "sizes", "classes"
 # Heads of this width are assumed where nothing tells their number: timm's ViTs have them.
 _HEAD_WIDTH = 64
 _OURS = re.compile(
@@ -38,19 +37,6 @@ _LEFT_OUT = re.compile(
     r"mask_token|decoder|decoders\.|carries\.|norm_low|norm\d|vit\.pooler|pooler|classifier"
 )
 _WRAPPERS = ("model", "state_dict", "module")
-
-
-@dataclass(frozen=True)
-class EncoderSizes:
-    """What a ViT is made with; num_heads is 0 where no one knows."""
-
-    img_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    in_chans: int = 3
 
 
 @dataclass(frozen=True)
@@ -106,8 +92,7 @@ def load_encoder(path: str, from_step: str = "") -> Encoder:
 def _of_run(run: str, from_step: str) -> Encoder:
     config = load_run_config(run).model
     tensors = timm_tensors(networks.trained(run, from_step))
-    sizes = EncoderSizes(**{name: getattr(config, name) for name in EncoderSizes.__annotations__})
-    return Encoder(tensors, sizes, run)
+    return Encoder(tensors, EncoderSizes.of(config), run)
 
 
 def _of_file(path: Path) -> Encoder:
@@ -121,20 +106,14 @@ def _of_file(path: Path) -> Encoder:
     if missing or "blocks.0.attn.qkv.weight" not in tensors:
         absent = [*missing, "blocks.0.attn.qkv.weight"][0]
         raise UserError(f"{path}: {absent}: missing; give the weights of a ViT")
-    sizes = sizes_of(tensors)
-    if SIZES in header:
-        sizes = EncoderSizes(**json.loads(header[SIZES]))
+    told, sizes = sizes_in(header), sizes_of(tensors)
+    if told is not None:
+        sizes = told
     elif sizes.embed_dim % _HEAD_WIDTH == 0:
         sizes = replace(sizes, num_heads=sizes.embed_dim // _HEAD_WIDTH)
         note = (f"{path}: tells no number of heads; assumed {sizes.num_heads} of {_HEAD_WIDTH}",)
     classes = tuple(json.loads(header.get(CLASSES, "[]")))
     return Encoder(tensors, sizes, str(path), classes, note)
-
-
-def header_of(sizes: EncoderSizes, classes: tuple[str, ...] = ()) -> dict[str, str]:
-    """What a file's header says, so that `load_encoder` need not guess."""
-    content = {SIZES: json.dumps(asdict(sizes))}
-    return content | ({CLASSES: json.dumps(classes)} if classes else {})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.official import official_names, renamed
 from deepmim_scale.checkpoint.save import load_weights
+from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models import Model, build_model
@@ -171,6 +172,7 @@ def export(run: str, layout: str, output: Path, from_step: str = "") -> list[str
         "step": str(step),
         "method": config.model.method,
         "licence": LICENCE,
+        **header_of(EncoderSizes.of(config.model)),
     }
     part = output.with_name(output.name + ".part")
     files.write_tensors(part, tensors, header)

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deepmim_scale.data.backend import BadImage
+from deepmim_scale.data.classes import Classes, open_classes
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import OnBad, Source, good_ids, printable
 from deepmim_scale.data.step_loader import Share, Span
 from deepmim_scale.data.torch_backend import image_reader
 from deepmim_scale.errors import UserError
-from deepmim_scale.evaluate.classes import Classes, open_classes
 from deepmim_scale.finetune.draws import seed_sample
 from deepmim_scale.finetune.transform import Transform
 
@@ -85,7 +85,10 @@ Item = tuple[Tensor, int] | BadImage
 
 
 class TrainingImages(Dataset[Item]):
-    """Augmented samples by (step, id); a bad one is replaced by the next of the epoch's order."""
+    """Augmented samples by (step, id); a bad one is replaced by the next of the epoch's order.
+
+    `ids` restricts them to some samples of the source, which the plan counts from 0.
+    """
 
     def __init__(
         self,
@@ -94,15 +97,18 @@ class TrainingImages(Dataset[Item]):
         plan: SamplePlan,
         transform: Transform,
         on_bad: OnBad,
+        ids: np.ndarray | None = None,
     ) -> None:
         self._source, self._labels, self._plan = source, labels, plan
         self._transform, self._on_bad = transform, on_bad
+        # The samples that the plan's numbers stand for.
+        self._ids = np.arange(len(source)) if ids is None else ids
         self._read = image_reader(source)
         self._bad = dict(source.bad)
 
     def __getitem__(self, place: Place) -> Item:
         step, wanted = place
-        sample, attempt = wanted, 0
+        sample, attempt = int(self._ids[wanted]), 0
         while True:
             if sample not in self._bad:
                 try:
@@ -115,9 +121,9 @@ class TrainingImages(Dataset[Item]):
                     name = printable(self._source.name(sample))
                     print(f"step {step}: {name}: the next sample replaces it", file=sys.stderr)
             attempt += 1
-            if attempt == len(self._source):
+            if attempt == len(self._ids):
                 return BadImage(f"{self._source.location}: no image can be decoded")
-            sample = self._plan.replacement(step, wanted, attempt)
+            sample = int(self._ids[self._plan.replacement(step, wanted, attempt)])
         epoch, _ = self._plan.locate(step)
         seed_sample(self._plan.seed, epoch, sample)
         return self._transform(Image.fromarray(pixels)), int(self._labels[sample])
@@ -205,8 +211,12 @@ def iter_evaluation(
     num_ranks: int,
     batch: int,
     workers: int,
+    ids: np.ndarray | None = None,
 ) -> Iterator[Images]:
-    """The good samples rank, rank + num_ranks, ..., each once; raises BadImage."""
-    mine = good_ids(source)[rank::num_ranks].tolist()
+    """Samples rank, rank + num_ranks, ... of the good ones or of `ids`, each once.
+
+    Raises BadImage.
+    """
+    mine = (good_ids(source) if ids is None else ids)[rank::num_ranks].tolist()
     batches = [mine[start : start + batch] for start in range(0, len(mine), batch)]
     return _load(ValidationImages(source, labels, transform), batches, workers)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.checkpoint.encoders import header_of
 from deepmim_scale.checkpoint.export import LICENCE
+from deepmim_scale.checkpoint.sizes import header_of
 
 if TYPE_CHECKING:
     from deepmim_scale.finetune.prepare import PreparedFinetune

@@ -10,7 +10,8 @@ import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
-from deepmim_scale.checkpoint.encoders import Encoder, EncoderSizes
+from deepmim_scale.checkpoint.encoders import Encoder
+from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.errors import UserError
 
 Pool = Literal["mean", "class"]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deepmim_scale.arguments import writable
-from deepmim_scale.checkpoint.encoders import Encoder, EncoderSizes, load_encoder
+from deepmim_scale.checkpoint.encoders import Encoder, load_encoder
+from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.ds_config import (
     BatchSizes,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision import transforms
 
 from deepmim_scale.errors import UserError
+from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD
 
 # RGB image -> float32 [3, S, S], normalized.
 Transform = Callable[[Image.Image], Tensor]
@@ -45,6 +49,36 @@ def train_transform(
         ) from None
     _allow_black(transform)
     return transform
+
+
+class OneTryCrop:
+    """A crop of one draw, its sides cut to the image's, as MAE's linear probe takes it."""
+
+    def __init__(self, size: int, min_area: float) -> None:
+        self._size, self._min_area = size, min_area
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Draws from the stream of `random`."""
+        width, height = image.size
+        area = width * height * random.uniform(self._min_area, 1.0)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide = max(min(round(math.sqrt(area * ratio)), width), 1)
+        high = max(min(round(math.sqrt(area / ratio)), height), 1)
+        left, top = random.randint(0, width - wide), random.randint(0, height - high)
+        part = image.crop((left, top, left + wide, top + high))
+        return part.resize((self._size, self._size), Image.Resampling.BICUBIC)
+
+
+def probe_transform(size: int, *, min_crop: float, flip: float) -> Transform:
+    """Crop, flip and normalize, as MAE trains a linear probe; draws from the global streams."""
+    return transforms.Compose(
+        [
+            OneTryCrop(size, min_crop),
+            transforms.RandomHorizontalFlip(flip),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
 
 
 def _allow_black(transform: Any) -> None:

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deepmim_scale.checkpoint.encoders import EncoderSizes
+from deepmim_scale.checkpoint.sizes import EncoderSizes
+from deepmim_scale.evaluate.heads import LinearHead, ProbeLars
 from deepmim_scale.finetune.ema import WeightAverage
 from deepmim_scale.finetune.mixing import Mixing
 from deepmim_scale.finetune.model import build_vit, resized_positions
@@ -244,3 +245,46 @@ def test_evaluation_transform(case: str, arrays: dict[str, np.ndarray]) -> None:
     assert found.norm().item() == pytest.approx(expected["norm"], rel=1e-6)
     if f"{case}/result" in arrays:
         np.testing.assert_allclose(found, arrays[f"{case}/result"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", FIGURES["linear_probe"])
+def test_five_lars_updates_of_the_linear_probe(case: str, arrays: dict[str, np.ndarray]) -> None:
+    expected = FIGURES["linear_probe"][case]
+    config = expected["config"]
+    head = LinearHead(32, 10, "class").double()
+    weights = {n: torch.from_numpy(arrays[f"param/head.{n}"]) for n in ("weight", "bias")}
+    head.linear.load_state_dict(weights)
+    start = head.linear.weight.detach().clone()
+    optimizer = ProbeLars(head.parameters(), config["weight_decay"])
+    features = torch.from_numpy(arrays[f"probe/{case}/features"])
+    labels = torch.from_numpy(arrays[f"probe/{case}/labels"])
+    losses, norms = [], []
+    for step in range(config["updates"]):
+        rate = learning_rate(
+            config["lr"],
+            config["epoch"] + step / config["updates"],
+            warmup_epochs=config["warmup_epochs"],
+            total_epochs=config["epochs"],
+        )
+        assert rate == pytest.approx(expected["lr_per_update"][step], rel=1e-12)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # Tokens whose first is the feature, as a class token is.
+        loss = nn.functional.cross_entropy(head(features[step][:, None]), labels[step])
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(nn.utils.get_total_norm([p.grad for p in head.parameters()]).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == pytest.approx(expected["loss_per_update"], rel=1e-9)
+    assert norms == pytest.approx(expected["grad_norm_per_update"], rel=1e-9)
+    moved = (head.linear.weight - start).norm().item()
+    assert moved == pytest.approx(expected["final_minus_initial_weight_norm"], rel=1e-8)
+    for ours, theirs in (
+        (head.linear.weight, "final_head_weight"),
+        (head.linear.bias, "final_head_bias"),
+        (head.norm.running_mean, "running_mean"),
+        (head.norm.running_var, "running_var"),
+    ):
+        assert isinstance(ours, Tensor)
+        np.testing.assert_allclose(ours.detach(), arrays[f"probe/{case}/{theirs}"], rtol=1e-9)

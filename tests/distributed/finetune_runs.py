@@ -13,17 +13,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from deepmim_scale.checkpoint.encoders import EncoderSizes
+from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, resolve_ds_config
+from deepmim_scale.evaluate.frozen import open_frozen
+from deepmim_scale.evaluate.heads import AttentiveHead
+from deepmim_scale.evaluate.trained_probe import Contestant, ProbePlan, TrainedProbe
+from deepmim_scale.finetune.data import open_labelled
 from deepmim_scale.finetune.model import build_vit
 from deepmim_scale.finetune.prepare import prepare
 from deepmim_scale.finetune.recipe import layer_groups
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.finetune.trainer import Finetuner, evaluate_once
+from deepmim_scale.finetune.transform import evaluation_transform, probe_transform
 from deepmim_scale.parallel import zero
 from deepmim_scale.runs.folder import list_checkpoints, read_metrics
 
@@ -102,6 +107,7 @@ def one(folder: Path, data: Path) -> dict[str, Any]:
     rows = [read_metrics(folder / name) for name in ("full", "again")]
     keys = ("step", "loss", "grad_norm", "accuracy", "ema_accuracy", "validation_loss")
     plain = [[{key: row.get(key) for key in keys} for row in run] for run in rows]
+    save_file(probe(folder, data), folder / "probe.safetensors")
     published = [load_file(folder / name / "last.safetensors") for name in ("full", "again")]
     return {
         "began after": tuner.start.step,
@@ -112,6 +118,21 @@ def one(folder: Path, data: Path) -> dict[str, Any]:
         "kinds": sorted({name.split("/")[0] for name in first}),
         **counts(data, folder / "full"),
     }
+
+
+def probe(folder: Path, data: Path) -> dict[str, Tensor]:
+    """An attentive head after four steps on the fine-tuned encoder's frozen tokens."""
+    encoder, _ = open_frozen(str(folder / "full/last.safetensors"), blocks=(3,))
+    sources = open_labelled(str(data), "", "fail")
+    transforms = probe_transform(16, min_crop=0.5, flip=0.5), evaluation_transform(16)
+    plan = ProbePlan(4, 6, lambda peak, step: peak, transforms, 0.0, 0, 4, 0)
+    torch.manual_seed(0)
+    head = AttentiveHead(encoder.width, 3)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, eps=EPS)
+    TrainedProbe(encoder, sources, [Contestant(3, "", head, optimizer, 1e-2)], plan, CPU).run(
+        None, {}
+    )
+    return {f"head/{name}": value for name, value in head.state_dict().items()}
 
 
 def many_groups() -> float:
@@ -162,6 +183,7 @@ def two(folder: Path, data: Path) -> dict[str, Any]:
     return {
         "began after": tuner.start.step,
         "difference": largest_difference(finished(folder / "full"), finished(folder / "wide")),
+        "probe": largest_difference(load_file(folder / "probe.safetensors"), probe(folder, data)),
         "28 groups": many_groups(),
         **counts(data, folder / "full"),
     }

@@ -68,6 +68,10 @@ def test_goes_on_with_two_processes(two: dict[str, Any]) -> None:
     assert two["difference"] <= 1e-5
 
 
+def test_a_probe_in_two_processes_is_that_of_one(two: dict[str, Any]) -> None:
+    assert two["probe"] <= 1e-5
+
+
 def test_zero_with_28_groups(two: dict[str, Any]) -> None:
     assert two["28 groups"] <= 5e-6
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import auto_augment
 
-from deepmim_scale.checkpoint.encoders import EncoderSizes, header_of
+from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.step_loader import Share, Span
 from deepmim_scale.errors import UserError
