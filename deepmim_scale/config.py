@@ -266,6 +266,10 @@ class RunConfig(FrozenConfig):
     """Length of the run and of the learning-rate schedule, epochs."""
     steps: Annotated[Annotated[int, Field(gt=0, le=10**9)] | None, shown_as("INT")] = None
     """Length in optimizer steps; replaces epochs."""
+    init_from: Annotated[str, shown_as("RUN|CHECKPOINT|FILE")] = ""
+    """Begin with these weights: a run's, or the encoder of any file that `finetune` takes."""
+    init_depth: Literal["same", "stack", "interleave"] = "same"
+    """Fill a deeper encoder with the blocks in turn (1 2 1 2), or each repeated (1 1 2 2)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, order, crops, flips and masks."""
     microbatch_size: Annotated[int, Field(gt=0, le=65536)] = 64
@@ -278,6 +282,10 @@ class RunConfig(FrozenConfig):
     """Base learning rate: lr = blr * global_batch / 256."""
     warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 40.0
     """Linear warm-up from 0, epochs; then a half-cosine to 0."""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """wsd: after the warm-up the rate stays, and falls to 0 at the end; a run can be extended."""
+    decay_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """wsd: share of the run, at its end, in which the rate falls."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW weight decay; none for biases and other 1-D parameters."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

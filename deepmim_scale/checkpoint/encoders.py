@@ -24,7 +24,7 @@ from deepmim_scale.checkpoint.export import HF_BLOCK, timm_tensors
 from deepmim_scale.checkpoint.files import BEST, LAST
 from deepmim_scale.checkpoint.sizes import CLASSES, EncoderSizes, sizes_in
 from deepmim_scale.errors import UserError
-from deepmim_scale.runs.folder import CHECKPOINTS, fine_tuned, load_run_config
+from deepmim_scale.runs.folder import CHECKPOINTS, CONFIG, fine_tuned, load_run_config
 
 # Heads of this width are assumed where nothing tells their number: timm's ViTs have them.
 _HEAD_WIDTH = 64
@@ -87,6 +87,15 @@ def load_encoder(path: str, from_step: str = "") -> Encoder:
             raise UserError(f"{path}: has no {BEST} yet; let the run evaluate once")
         return _of_file(place / BEST)
     return _of_run(path, from_step)
+
+
+def is_run(path: str) -> tuple[str, str] | None:
+    """Folder and step of a run of pre-training or of a checkpoint of one; None for all else."""
+    place = Path(path)
+    run, step = path, ""
+    if place.parent.name == CHECKPOINTS:
+        run, step = str(place.parents[1]), place.name
+    return (run, step) if (Path(run) / CONFIG).is_file() and not fine_tuned(run) else None
 
 
 def _of_run(run: str, from_step: str) -> Encoder:

@@ -159,6 +159,15 @@ def _named(path: Path, from_step: str) -> Path | None:
     return named_checkpoint(path, from_step) if from_step not in ("", "latest") else None
 
 
+def tensor_names(folder: Path, kind: str) -> set[str]:
+    """Names of all tensors in the stages' `kind` files."""
+    found: set[str] = set()
+    for file in folder.glob(f"{kind}_stage*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= set(tensors.keys())
+    return found
+
+
 def read_tensors(folder: Path, kind: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Tensors of all stages' `kind` files ("weights", "optimizer"); all of them without `names`.
 

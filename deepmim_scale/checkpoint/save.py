@@ -103,7 +103,11 @@ def load_weights(folder: Path, module: nn.Module) -> None:
 
     ValueError names a weight that the checkpoint does not have or whose shape differs.
     """
-    parameters = {n: p for n, p in global_parameters(module).items() if p.requires_grad}
+    everything = global_parameters(module)
+    parameters = {n: p for n, p in everything.items() if p.requires_grad}
+    # A frozen position table may be another than the model's own: `--init-from` brings it along.
+    saved = files.tensor_names(folder, "weights")
+    parameters |= {n: p for n, p in everything.items() if n in saved}
     tensors = files.read_tensors(folder, "weights", parameters)
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:

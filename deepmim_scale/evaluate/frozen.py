@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from deepmim_scale.checkpoint import networks
-from deepmim_scale.checkpoint.encoders import Encoder, load_encoder
+from deepmim_scale.checkpoint.encoders import Encoder, is_run, load_encoder
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.finetune.model import build_vit, load_encoder_into
 from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from deepmim_scale.methods.base import even_taps
 from deepmim_scale.models import Model
-from deepmim_scale.runs.folder import CHECKPOINTS, CONFIG, fine_tuned, load_run_config
+from deepmim_scale.runs.folder import load_run_config
 
 TIMM_PREFIX = "timm:"
 NUM_BLOCKS = 4
@@ -55,13 +55,6 @@ class FrozenEncoder:
         return self.tokens_of(images)
 
 
-def is_run(path: str) -> bool:
-    """Whether a path is a run of pre-training, or a checkpoint of one."""
-    place = Path(path)
-    folder = place.parents[1] if place.parent.name == CHECKPOINTS else place
-    return (folder / CONFIG).is_file() and not fine_tuned(folder)
-
-
 def open_frozen(
     source: str, from_step: str = "", model: str = "", blocks: tuple[int, ...] = ()
 ) -> tuple[FrozenEncoder, FrozenEncoder]:
@@ -72,8 +65,9 @@ def open_frozen(
     """
     if model:
         return _of_timm(source, model, blocks)
-    if is_run(source):
-        return _of_run(source, from_step, blocks)
+    run = is_run(source)
+    if run is not None:
+        return _of_run(run[0], from_step or run[1], blocks)
     return _of_file(load_encoder(source, from_step), blocks)
 
 
@@ -87,9 +81,6 @@ def _check_blocks(wanted: tuple[int, ...], depth: int, usual: tuple[int, ...]) -
 def _of_run(
     run: str, from_step: str, wanted: tuple[int, ...]
 ) -> tuple[FrozenEncoder, FrozenEncoder]:
-    place = Path(run)
-    if place.parent.name == CHECKPOINTS:
-        run, from_step = str(place.parents[1]), place.name
     config = load_run_config(run)
     blocks = _check_blocks(wanted, config.model.depth, config.model.taps)
     trained, fresh = networks.trained(run, from_step), networks.fresh(config).eval()

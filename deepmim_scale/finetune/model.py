@@ -7,10 +7,11 @@ from typing import Literal
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from deepmim_scale.checkpoint.encoders import Encoder
+from deepmim_scale.checkpoint.initial import resized_positions
 from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.errors import UserError
 
@@ -82,9 +83,3 @@ def begin_head(model: nn.Module, seed: int) -> None:
         torch.manual_seed(seed)
         trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)
-
-
-def resized_positions(table: Tensor, tokens: int) -> Tensor:
-    """Position table [1, L + 1, D] for so many tokens: bicubic, not antialiased, as official."""
-    grid = round((tokens - 1) ** 0.5)
-    return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=1, antialias=False)

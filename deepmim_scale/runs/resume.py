@@ -76,6 +76,8 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     free = _FREE - _CUT if config["gradient_flow"] == "local" else _FREE
     # Older runs saved paths as they were given, relative to where they were started.
     config = with_paths(config, os.path.realpath)
+    if config["lr_schedule"] == "wsd":  # up to its decay it does not depend on the length
+        free |= {"epochs", "steps"}
     values = {key: value for key, value in config.items() if key not in free and key != "model"}
     return values | config["model"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.arguments import difference
 from deepmim_scale.checkpoint import networks
@@ -27,6 +27,9 @@ from deepmim_scale.plan.resolve import TrainingPlan, training_plan
 from deepmim_scale.runs.lock import check_free
 from deepmim_scale.runs.resume import check_output
 from deepmim_scale.settings import pluralize
+
+if TYPE_CHECKING:
+    from deepmim_scale.checkpoint.initial import Initial
 
 # The trainer's profiler schedule, in steps.
 PROFILED = (11, 13)
@@ -51,6 +54,8 @@ class PreparedRun:
     """The output folder holds this run."""
     objective: Objective
     """Targets and losses, with their teacher on the CPU."""
+    initial: Initial | None
+    """What `--init-from` gives a run that begins."""
 
 
 def prepare(config: RunConfig) -> PreparedRun:
@@ -88,6 +93,11 @@ def prepare(config: RunConfig) -> PreparedRun:
     # On every rank, so that a mistake is told before any rank waits for another.
     teacher = objective_of(config.model).load_teacher(config, networks)
     objective = build_objective(config.model, teacher)
+    initial = None
+    if config.init_from:
+        from deepmim_scale.checkpoint.initial import initial_weights
+
+        initial = initial_weights(config)
     return PreparedRun(
         config,
         changes,
@@ -100,6 +110,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         validation,
         may_resume,
         objective,
+        initial,
     )
 
 
@@ -164,6 +175,8 @@ def describe(prepared: PreparedRun) -> Iterator[str]:
     ):
         yield f"data: {note}"
     yield f"deepspeed: {' '.join(prepared.filled_in)}"
+    if prepared.initial is not None and not prepared.may_resume:
+        yield prepared.initial.note
     yield batch_line(config.blr, batch)
     if config.stages > 1:
         built = prepared.pipeline.built

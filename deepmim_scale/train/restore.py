@@ -12,7 +12,8 @@ from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.precision import Precision
 from deepmim_scale.runs.resume import finished_without_checkpoints
-from deepmim_scale.runs.state import read_state
+from deepmim_scale.runs.state import CheckpointState, read_state
+from deepmim_scale.train.optim import stable_until
 from deepmim_scale.train.prepare import PreparedRun
 
 
@@ -38,6 +39,8 @@ class Wanted:
     data_sha: str
     deepspeed_config: str
     precision: Precision
+    decay_share: float | None = None
+    """Of a run whose length may change before its decay."""
 
 
 def find_start(prepared: PreparedRun, total_steps: int) -> Start:
@@ -51,6 +54,7 @@ def find_start(prepared: PreparedRun, total_steps: int) -> Start:
         prepared.train.sha,
         config.deepspeed_config,
         precision_of(prepared.ds_config),
+        config.decay_share if config.lr_schedule == "wsd" else None,
     )
     return find_checkpoint(wanted, prepared.may_resume, total_steps)
 
@@ -72,6 +76,20 @@ def find_checkpoint(wanted: Wanted, may_resume: bool, total_steps: int) -> Start
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def _check_stable(state: CheckpointState, total_steps: int, share: float, output: str) -> None:
+    """UserError for another length than the checkpoint's, if the rate has begun to fall."""
+    if state.total_steps == total_steps:
+        return
+    for total in (state.total_steps, total_steps):
+        start = stable_until(total, share)
+        if state.step > start:
+            raise UserError(
+                f"steps={total_steps}: the checkpoint after step {state.step} lies in the decay "
+                f"of a run of {total}, which begins after {start:g}; choose an earlier one of "
+                f"{output} with --from"
+            )
 
 
 def _find(wanted: Wanted, total_steps: int) -> Start:
@@ -103,5 +121,7 @@ def _find(wanted: Wanted, total_steps: int) -> Start:
             f"deepspeed_config={wanted.deepspeed_config}: precision {wanted.precision}, but "
             f"this run began with {state.precision}; give the same or another --output"
         )
+    if wanted.decay_share is not None:
+        _check_stable(state, total_steps, wanted.decay_share, output)
     warnings = tuple(f"warning: {problem}; using an older checkpoint" for problem in problems)
     return Start(folder, state.step, state.updates, warnings)

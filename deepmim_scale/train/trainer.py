@@ -40,7 +40,7 @@ from deepmim_scale.runs.folder import CONFIG, write_config, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
-from deepmim_scale.train.optim import learning_rate, peak_learning_rate
+from deepmim_scale.train.optim import peak_learning_rate, run_rate
 from deepmim_scale.train.prepare import PreparedRun
 from deepmim_scale.train.progress import Progress
 from deepmim_scale.train.restore import find_start
@@ -69,6 +69,7 @@ class Trainer:
             device,
             self.objective,
             self.start.checkpoint,
+            prepared.initial,
         )
         self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
         self.pp_rank, self.dp_rank = runtime.pp_rank, runtime.dp_rank
@@ -157,12 +158,8 @@ class Trainer:
         began = time.perf_counter()
         config, names = self.config, losses_of(self.config.model)
         epoch = self.step / self.samples.steps_per_epoch
-        rate = learning_rate(
-            peak_learning_rate(config, self.prepared.batch.global_batch),
-            epoch,
-            warmup_epochs=config.warmup_epochs,
-            total_epochs=self.total_steps / self.samples.steps_per_epoch,
-        )
+        peak = peak_learning_rate(config, self.prepared.batch.global_batch)
+        rate = run_rate(config, peak, epoch, self.total_steps / self.samples.steps_per_epoch)
         microbatches = [batch.to(self.device) for batch in batches]
         calls = self.executor.num_backward_calls
         with zero.reduced_step(self.engine, config.reduction, calls) as backward:

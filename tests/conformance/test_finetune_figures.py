@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from deepmim_scale.checkpoint.initial import resized_positions
 from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.evaluate.heads import LinearHead, ProbeLars
 from deepmim_scale.finetune.ema import WeightAverage
 from deepmim_scale.finetune.mixing import Mixing
-from deepmim_scale.finetune.model import build_vit, resized_positions
+from deepmim_scale.finetune.model import build_vit
 from deepmim_scale.finetune.recipe import build_loss, layer_groups
 from deepmim_scale.finetune.transform import evaluation_transform
 from deepmim_scale.train.optim import learning_rate
