@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from deepmim_scale.checkpoint import files
+from deepmim_scale.checkpoint.backbones import BACKBONES, save_backbone
 from deepmim_scale.checkpoint.official import official_names, renamed
 from deepmim_scale.checkpoint.save import load_weights
 from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
@@ -144,6 +145,8 @@ def how_to_load(config: ModelConfig, layout: str, output: Path) -> str:
             f"timm.create_model('vit_base_patch16_224', num_classes=0, {words}"
             f"checkpoint_path='{output}')"
         )
+    if layout in BACKBONES:
+        return f"transformers.{BACKBONES[layout].name}.from_pretrained('{output.parent}')"
     if layout == "mae":
         return (
             f"deepmim_scale.checkpoint.load_official(model, safetensors.torch.load_file("
@@ -164,6 +167,12 @@ def export(run: str, layout: str, output: Path, from_step: str = "") -> list[str
     step = read_state(folder).step
     model = build_model(config.model, seed=config.seed)
     load_weights(folder, model)
+    if layout in BACKBONES:
+        count = save_backbone(model, layout, output.parent)
+        return [
+            f"wrote {output}: {count} tensors, step {step}",
+            f"load it with {how_to_load(config.model, layout, output)}",
+        ]
     tensors = TENSORS[layout](model)
     header = {
         "format": "pt",
