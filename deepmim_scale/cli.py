@@ -115,13 +115,13 @@ ALIASES = {"analyse": "analyze"}
 
 def _overview(group: str = "") -> str:
     lines = [
-        f"  {words:22s}{command[3]}"
+        f"  {words:26s}{command[3]}"
         for words, command in COMMANDS.items()
         if not group or words.split()[0] == group
     ]
     if not group:
-        lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
-        lines.insert(1, f"  {'finetune':22s}fine-tune an encoder on your classes, likewise")
+        lines.insert(0, f"  {'pretrain':26s}pre-train in one process (see launcher/ for more)")
+        lines.insert(1, f"  {'finetune':26s}fine-tune an encoder on your classes, likewise")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
     return "\n".join(
         [usage, "", *lines, "", "Every command has --help; --version says which release this is."]

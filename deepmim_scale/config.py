@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +24,7 @@ from deepmim_scale.settings import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    RunLength,
     shown_as,
 )
 
@@ -382,18 +383,6 @@ class RunConfig(FrozenConfig):
             f"must be a multiple of save_every={every}; change one of the two",
         )
         return self
-
-
-class RunLength(Protocol):
-    """How long a run of any kind is."""
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the data."""
-
-    @property
-    def steps(self) -> int | None:
-        """Optimizer steps, which replace epochs where they are given."""
 
 
 def num_steps(config: RunLength, steps_per_epoch: int) -> int:

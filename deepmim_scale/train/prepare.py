@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.arguments import difference
 from deepmim_scale.checkpoint import networks
-from deepmim_scale.config import RunConfig, RunLength, num_steps
+from deepmim_scale.config import RunConfig, num_steps
 from deepmim_scale.data.open_source import open_source
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import Source, good_ids
@@ -26,7 +26,7 @@ from deepmim_scale.objectives import Objective, build_objective, objective_of
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
 from deepmim_scale.runs.lock import check_free
 from deepmim_scale.runs.resume import check_output
-from deepmim_scale.settings import pluralize
+from deepmim_scale.settings import RunLength, pluralize
 
 if TYPE_CHECKING:
     from deepmim_scale.checkpoint.initial import Initial
