@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from deepmim_scale.data.samples import LabelledDigits
 
 BATCH = 32
-EVALUATIONS = 10
+EVALUATIONS = 5
 # What suits so few and small images; both kinds of network share it.
 _SHARED = {
     "microbatch_size": BATCH,

@@ -28,14 +28,16 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     )
     # timm gives `norm`, which a class token passes through, the scale of the last block.
     after = {id(p) for n, p in model.named_parameters() if n.startswith(_AFTER_BLOCKS)}
-    top = {g["weight_decay"]: g for g in groups if g["lr_scale"] == 1.0}
+    # One group for each pair, since ZeRO works on every group by itself.
+    merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     for group in groups:
-        strays = [p for p in group["params"] if id(p) in after and group["lr_scale"] != 1.0]
-        if strays:
-            kept = {id(p) for p in strays}
-            group["params"] = [p for p in group["params"] if id(p) not in kept]
-            top[group["weight_decay"]]["params"] += strays
-    return [group for group in groups if group["params"]]
+        for parameter in group["params"]:
+            scale = 1.0 if id(parameter) in after else group["lr_scale"]
+            merged.setdefault((scale, group["weight_decay"]), []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in merged.items()
+    ]
 
 
 def build_loss(*, mixes: bool, smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
