@@ -37,6 +37,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_samples",
         "write a small sample set",
     ),
+    "data digits": (
+        "data.commands",
+        "DigitsArguments",
+        "run_digits",
+        "write the sample set's digits by class",
+    ),
     "data scan": ("data.commands", "ScanArguments", "run_scan", "list an image folder once"),
     "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
     "evaluate digits": (

@@ -8,10 +8,12 @@ study's folder, a file for each evaluation of each run, so that a study that was
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,29 +95,34 @@ def words_of(args: StudyArguments, task: Task, output: Path) -> list[str]:
     return [*start, "evaluate", name, checkpoint, *pool, "--json", str(output), *flags]
 
 
-def run_all(args: StudyArguments, todo: list[Task]) -> Iterator[Task]:
-    """Do task after task; what a task prints goes to its log."""
-    for task in todo:
-        final = result_file(args, task)
-        part = final.with_suffix("" if task.name == FINETUNE else ".part")
-        with log_of(args, task.label).open("w") as log:
-            done = subprocess.run(
-                words_of(args, task, part),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                check=False,
-            )
-        if done.returncode:
-            print(f"{task.label}: failed, see {log_of(args, task.label)}", flush=True)
-        else:
-            # A file under its final name is complete.
-            found = part.with_suffix(".new")
-            found.write_text(json.dumps(_accuracies(task, part)))
-            found.rename(final)
-            best = max(json.loads(final.read_text()).values())
-            print(f"{task.label}: {best:.1f} %", flush=True)
-        yield task
+def run_all(args: StudyArguments, todo: list[Task], at_once: int) -> Iterator[str]:
+    """Do the tasks, some at once, each in a process of its own; gives a line on each."""
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(lambda task: run(args, task), todo)
+
+
+def run(args: StudyArguments, task: Task) -> str:
+    """Do one task; what it prints goes to its log. Returns the best block's accuracy in a line."""
+    final = result_file(args, task)
+    part = final.with_suffix("" if task.name == FINETUNE else ".part")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log_of(args, task.label).open("w") as log:
+        done = subprocess.run(
+            words_of(args, task, part),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    if done.returncode:
+        return f"{task.label}: failed, see {log_of(args, task.label)}"
+    accuracies = _accuracies(task, part)
+    # A file under its final name is complete.
+    found = part.with_suffix(".new")
+    found.write_text(json.dumps(accuracies))
+    found.rename(final)
+    return f"{task.label}: {max(accuracies.values()):.1f} %"
 
 
 def _accuracies(task: Task, output: Path) -> dict[str, float]:

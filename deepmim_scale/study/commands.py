@@ -34,11 +34,12 @@ def run_study(arguments: StudyArguments) -> None:
         legal = [cell for cell in cells if cell.job]
         print(f"{len(todo)} of {len(legal) * args.repeats} runs to do", flush=True)
         report.write_files(args, report.build_rows(args, cells), environment)
-    if not args.dry_run:
+    if args.evaluate and not args.dry_run:
         _evaluate(args, cells)
     for _ in runner.run_all(args, todo):
         report.write_files(args, report.build_rows(args, cells), environment)
-        _evaluate(args, cells)
+        if args.evaluate:
+            _evaluate(args, cells)
     rows = report.build_rows(args, cells)
     report.write_files(args, rows, environment)
     print("\n".join([report.summary(args), report.table(rows), *report.notes(rows)]))
@@ -64,9 +65,12 @@ def run_study(arguments: StudyArguments) -> None:
 
 def _evaluate(args: StudyArguments, cells: list[Cell]) -> None:
     """Evaluate what has finished since, and keep what is known."""
-    from deepmim_scale.study import accuracy
+    from deepmim_scale.study import accuracy, runner
 
-    for _ in accuracy.run_all(args, accuracy.unfinished(args, cells)):
+    # On a CPU as many as a cell has processes; a GPU is left to one.
+    at_once = 1 if runner.num_gpus() else args.processes
+    for line in accuracy.run_all(args, accuracy.unfinished(args, cells), at_once):
+        print(line, flush=True)
         accuracy.write_files(args, cells)
 
 
