@@ -62,7 +62,7 @@ def run_digits(arguments: DigitsArguments) -> None:
     """Write the digits that are not there yet."""
     from deepmim_scale.data.samples import labelled_digits
 
-    out = writable("out", Path(arguments.out) / "train").parent
+    out = writable("out", Path(arguments.out) / "nothing").parent
     for split in ("train", "val"):
         digits = labelled_digits(split)
         digits.write(out / split, np.arange(len(digits.labels)))
