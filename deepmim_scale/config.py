@@ -347,6 +347,8 @@ class RunConfig(FrozenConfig):
     """Newest checkpoints kept."""
     keep_every: NonNegativeInt = 0
     """Checkpoints after every so many steps are kept for good; 0 keeps the newest only."""
+    log_blocks: NonNegativeInt = 0
+    """Steps between rows with the residual stream and gradient norm of every block; 0 never."""
     print_every: PositiveInt = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"
@@ -375,6 +377,8 @@ class RunConfig(FrozenConfig):
     def _check(self) -> RunConfig:
         rule = "images are read as RGB; leave it at 3"
         require(self.model.in_chans == 3, "in_chans", self.model.in_chans, rule)
+        rule = "a compiled block cannot be looked into; leave one of the two out"
+        require(not (self.compile and self.log_blocks), "log_blocks", self.log_blocks, rule)
         every = self.save_every
         require(
             not self.keep_every or (every > 0 and self.keep_every % every == 0),

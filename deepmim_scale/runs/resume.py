@@ -60,6 +60,7 @@ _FREE = frozenset(
         "save_every",
         "keep_checkpoints",
         "keep_every",
+        "log_blocks",
         "print_every",
         "resume",
         "from_step",

@@ -39,6 +39,7 @@ from deepmim_scale.runs.environment import record_start
 from deepmim_scale.runs.folder import CONFIG, write_config, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
+from deepmim_scale.train.block_log import BlockLog
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import peak_learning_rate, run_rate
 from deepmim_scale.train.prepare import PreparedRun
@@ -74,6 +75,7 @@ class Trainer:
         self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
         self.pp_rank, self.dp_rank = runtime.pp_rank, runtime.dp_rank
         self.step, self.updates = self.start.step, self.start.updates
+        self.block_log = BlockLog(self.engine.module, prepared.config.model.depth, device)
 
     @property
     def finished(self) -> bool:
@@ -162,8 +164,16 @@ class Trainer:
         rate = run_rate(config, peak, epoch, self.total_steps / self.samples.steps_per_epoch)
         microbatches = [batch.to(self.device) for batch in batches]
         calls = self.executor.num_backward_calls
-        with zero.reduced_step(self.engine, config.reduction, calls) as backward:
+        logs_blocks = config.log_blocks > 0 and (self.step + 1) % config.log_blocks == 0
+        with (
+            self.block_log.watching() if logs_blocks else contextlib.nullcontext(),
+            zero.reduced_step(self.engine, config.reduction, calls) as backward,
+        ):
             sums = self.executor.train(microbatches, backward)
+        blocks: dict[str, Any] = {}
+        if logs_blocks:
+            blocks["block_magnitudes"] = self.block_log.magnitudes()
+            blocks["block_grad_norms"] = self.block_log.gradient_norms(self.engine)
         owners = ["encoder", *decoder_names(config.model).values()]
         norms = zero.gradient_norms(self.engine, owners, gradient_owner)
         norm, applied = zero.apply_step(self.engine, rate)
@@ -202,6 +212,7 @@ class Trainer:
             "peak_memory_gib": memory,
             "idle_fraction": idle,
             "loader_wait_ms": wait_seconds * 1e3,
+            **blocks,
         }
         return row, applied
 
