@@ -105,6 +105,8 @@ def prepare(config: FinetuneConfig) -> PreparedFinetune:
     if config.top is not None and config.top > num_classes:
         raise UserError(f"top={config.top}: there are {num_classes} classes; give at most as many")
     encoder = load_encoder(config.weights, config.from_step) if config.weights else None
+    if config.evaluates_only and encoder is not None:  # its head knows what it reads
+        config = config.replace(pool="mean" if encoder.pools_mean else "class")
     sizes = _resolve_sizes(config, encoder)
     config = config.replace(**{k: v for k, v in asdict(sizes).items() if k != "in_chans"})
     may_resume = False

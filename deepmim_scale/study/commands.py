@@ -51,13 +51,7 @@ def run_study(arguments: StudyArguments) -> None:
         print("no picture: matplotlib is not installed; pip install matplotlib (extra: plots)")
     print(f"wrote {args.output}/study.json, .csv, .md, .png")
     if args.evaluate:
-        found = accuracy.write_files(args, cells)
-        print("\n".join([accuracy.table(found), *accuracy.verdicts(found)]))
-        if found and importlib.util.find_spec("matplotlib"):
-            from deepmim_scale.study.draw import draw_accuracy
-
-            draw_accuracy(found, args, Path(args.output) / "accuracy.png")
-        print(f"wrote {args.output}/accuracy.json, .md, .png")
+        _report_accuracies(args, cells)
     failed = any(row["status"] == "failed" for row in rows)
     if failed or (not args.dry_run and accuracy.unfinished(args, cells)):
         sys.exit(1)
@@ -72,6 +66,21 @@ def _evaluate(args: StudyArguments, cells: list[Cell]) -> None:
     for line in accuracy.run_all(args, accuracy.unfinished(args, cells), at_once):
         print(line, flush=True)
         accuracy.write_files(args, cells)
+
+
+def _report_accuracies(args: StudyArguments, cells: list[Cell]) -> None:
+    from deepmim_scale.study import accuracy
+
+    rows = accuracy.write_files(args, cells)
+    if not rows:
+        print("no accuracies yet")
+        return
+    print("\n".join([accuracy.table(rows), *accuracy.verdicts(rows)]))
+    if importlib.util.find_spec("matplotlib"):
+        from deepmim_scale.study.draw import draw_accuracy
+
+        draw_accuracy(rows, args, Path(args.output) / "accuracy.png")
+    print(f"wrote {args.output}/accuracy.json, .md, .png")
 
 
 def _go_on(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:

@@ -301,6 +301,14 @@ def test_checkpoints_of_official_code_are_read(colors: Path, tmp_path: Path) -> 
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+def test_evaluation_reads_what_the_head_read(colors: Path, tmp_path: Path) -> None:
+    file = fine_tuned_file(tmp_path / "class.safetensors", pool="class")
+    words = [str(file), "--data", str(colors), "--eval"]
+    prepared = prepare(parse_finetune(words, prog="finetune"))
+    assert prepared.config.pool == "class"
+    assert prepared.model.state_dict().keys() >= {"norm.weight", "head.weight"}
+
+
 def test_files_load_strictly_in_timm(tmp_path: Path) -> None:
     """Also with the official names, which are timm's."""
     file = fine_tuned_file(tmp_path / "best.safetensors")
