@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from color_classes import write_color_classes
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import auto_augment
@@ -52,15 +53,8 @@ SMALL = ["--microbatch-size", "4", "--global-batch", "8"]
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 4 training images and 3 for validation each."""
-    root, draws = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 3)):
-        for kind in range(3):
-            (root / split / "abc"[kind]).mkdir(parents=True)
-            for number in range(count):
-                pixels = 128 + 60 * np.eye(3)[kind] + draws.normal(0, 20, (24, 30, 3))
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(root / split / "abc"[kind] / f"{number}.png")
-    return root
+    root = tmp_path_factory.mktemp("colors")
+    return write_color_classes(root, train=4, val=3, size=(24, 30))
 
 
 def test_presets_are_the_published_recipes() -> None:

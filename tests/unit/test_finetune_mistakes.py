@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch.distributed as dist
-from PIL import Image
+from color_classes import write_color_classes
 from safetensors.torch import save_file
 
 from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
@@ -38,15 +37,8 @@ SMALL = ["--microbatch-size", "4", "--global-batch", "8"]
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 4 training images and 3 for validation each."""
-    root, draws = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 3)):
-        for kind in range(3):
-            (root / split / "abc"[kind]).mkdir(parents=True)
-            for number in range(count):
-                pixels = 128 + 60 * np.eye(3)[kind] + draws.normal(0, 20, (24, 30, 3))
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(root / split / "abc"[kind] / f"{number}.png")
-    return root
+    root = tmp_path_factory.mktemp("colors")
+    return write_color_classes(root, train=4, val=3, size=(24, 30))
 
 
 def fine_tuned_file(path: Path, classes: int = 3, pool: Any = "mean") -> Path:

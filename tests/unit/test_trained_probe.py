@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from color_classes import write_color_classes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,15 +37,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 8 training images and 3 for validation each."""
-    root, draws = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 3)):
-        for kind in range(3):
-            (root / part / "abc"[kind]).mkdir(parents=True)
-            for number in range(count):
-                pixels = 128 + 60 * np.eye(3)[kind] + draws.normal(0, 20, (70, 66, 3))
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(root / part / "abc"[kind] / f"{number}.png")
-    return root
+    root = tmp_path_factory.mktemp("colors")
+    return write_color_classes(root, train=8, val=3, size=(70, 66))
 
 
 @pytest.fixture
