@@ -108,7 +108,7 @@ def run_digits_finetune(arguments: DigitsFinetuneArguments) -> None:
     ):
         draws = ", ".join(f"{value:.1f}" for value in rows[kind])
         print(f"{title}: {np.mean(rows[kind]):.1f} ({draws})")
-    print("pre-training saves updates here: with enough of them training from scratch catches up")
+    print("this compares equal, few updates; with more of them the difference shrinks")
     print(f"wrote {summary_file} and {output / 'accuracy.png'}")
 
 
