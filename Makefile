@@ -1,4 +1,4 @@
-# make setup | setup-all | pretrain | test | coverage | soak | lint; see README.md.
+# make setup | setup-all | pretrain | finetune | study | test | coverage | soak | lint; see README.md.
 PYTHON ?= python3
 # Another index for torch and torchvision together, e.g. https://download.pytorch.org/whl/cu126
 TORCH_INDEX ?=
@@ -11,7 +11,7 @@ PINS := $(if $(TORCH_INDEX),,-c constraints.txt)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-all pretrain test coverage soak lint
+.PHONY: setup setup-all pretrain finetune study test coverage soak lint
 
 setup: .venv/.setup
 setup-all: .venv/.setup-all
@@ -23,7 +23,7 @@ setup-all: .venv/.setup-all
 	touch $@
 
 .venv/.setup-all: .venv/.setup
-	$(PIP) $(PINS) -e '.[sample,plots,clip,dali-cuda12,dev]'
+	$(PIP) $(PINS) -e '.[sample,plots,clip,hf,dali-cuda12,dev]'
 	touch $@
 
 pretrain: setup
@@ -33,6 +33,30 @@ pretrain: setup
 	deepmim-scale analyze losses $(RUN)
 	deepmim-scale analyze reconstruct $(RUN)
 	deepmim-scale evaluate digits $(RUN)
+
+# Of the quickstart's encoder, which is pre-trained first if need be.
+finetune: setup
+	test -d $(RUN)/checkpoints || $(MAKE) pretrain
+	rm -rf runs/finetune
+	deepmim-scale evaluate finetune-digits $(RUN) --output runs/finetune --at-once $(NUM_PROCESSES)
+
+# Three methods over depth, judged by probes on digits; goes on where it was stopped.
+STUDY := runs/study
+STUDY_DEPTHS ?= 6,12,24
+STUDY_SEEDS ?= 5
+STUDY_STEPS ?= 400
+STUDY_EVALUATE ?= knn --data digits,linear --data digits
+STUDY_MODEL := --img-size 32 --patch-size 4 --no-norm-pix --warmup-epochs 1 --blr 0.024 --loader-threads 1
+STUDY_RUN = deepmim-scale study --depths $(STUDY_DEPTHS) --stages 1 --gpus-per-node $(NUM_PROCESSES) \
+	--steps $(STUDY_STEPS) --repeats $(STUDY_SEEDS) --microbatch-size 16 --global-batch 32 \
+	--data samples --evaluate "$(STUDY_EVALUATE)"
+
+study: setup
+	deepmim-scale data samples samples
+	deepmim-scale data digits digits
+	$(STUDY_RUN) --preset debug_mae --output $(STUDY)/mae -- $(STUDY_MODEL)
+	$(STUDY_RUN) --preset debug --output $(STUDY)/deepmim --beside $(STUDY)/mae -- $(STUDY_MODEL)
+	$(STUDY_RUN) --preset debug_mirl --output $(STUDY)/mirl --beside $(STUDY)/mae,$(STUDY)/deepmim -- $(STUDY_MODEL)
 
 # Two workers, each with whole files; `python -m pytest -m "not soak"` runs the same one by one.
 test: setup-all

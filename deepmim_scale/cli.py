@@ -37,6 +37,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_samples",
         "write a small sample set",
     ),
+    "data digits": (
+        "data.commands",
+        "DigitsArguments",
+        "run_digits",
+        "write the sample set's digits by class",
+    ),
     "data scan": ("data.commands", "ScanArguments", "run_scan", "list an image folder once"),
     "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
     "evaluate digits": (
@@ -56,6 +62,24 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "LinearArguments",
         "run_linear",
         "linear probe on your classes",
+    ),
+    "evaluate linear-sgd": (
+        "evaluate.probe_commands",
+        "LinearSgdArguments",
+        "run_linear_sgd",
+        "MAE's linear probe, by LARS",
+    ),
+    "evaluate attentive": (
+        "evaluate.probe_commands",
+        "AttentiveArguments",
+        "run_attentive",
+        "attentive probe of every tapped block",
+    ),
+    "evaluate finetune-digits": (
+        "evaluate.finetune_digits",
+        "DigitsFinetuneArguments",
+        "run_digits_finetune",
+        "fine-tune on 100 digits, beside scratch",
     ),
     "analyze reconstruct": (
         "analysis.commands",
@@ -97,12 +121,13 @@ ALIASES = {"analyse": "analyze"}
 
 def _overview(group: str = "") -> str:
     lines = [
-        f"  {words:22s}{command[3]}"
+        f"  {words:26s}{command[3]}"
         for words, command in COMMANDS.items()
         if not group or words.split()[0] == group
     ]
     if not group:
-        lines.insert(0, f"  {'pretrain':22s}pre-train in one process (see launcher/ for more)")
+        lines.insert(0, f"  {'pretrain':26s}pre-train in one process (see launcher/ for more)")
+        lines.insert(1, f"  {'finetune':26s}fine-tune an encoder on your classes, likewise")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
     return "\n".join(
         [usage, "", *lines, "", "Every command has --help; --version says which release this is."]
@@ -138,6 +163,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from deepmim_scale.train.pretrain import main as pretrain
 
         pretrain(words[1:], prog="deepmim-scale pretrain")
+        return
+    if words and words[0] == "finetune":
+        from deepmim_scale.finetune.command import main as finetune
+
+        finetune(words[1:], prog="deepmim-scale finetune")
         return
     run_command(lambda: _dispatch(words))
 

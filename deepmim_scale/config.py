@@ -24,6 +24,7 @@ from deepmim_scale.settings import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    RunLength,
     shown_as,
 )
 
@@ -266,6 +267,10 @@ class RunConfig(FrozenConfig):
     """Length of the run and of the learning-rate schedule, epochs."""
     steps: Annotated[Annotated[int, Field(gt=0, le=10**9)] | None, shown_as("INT")] = None
     """Length in optimizer steps; replaces epochs."""
+    init_from: Annotated[str, shown_as("RUN|CHECKPOINT|FILE")] = ""
+    """Begin with these weights: a run's, or the encoder of any file that `finetune` takes."""
+    init_depth: Literal["same", "stack", "interleave"] = "same"
+    """Fill a deeper encoder with the blocks in turn (1 2 1 2), or each repeated (1 1 2 2)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, order, crops, flips and masks."""
     microbatch_size: Annotated[int, Field(gt=0, le=65536)] = 64
@@ -278,6 +283,10 @@ class RunConfig(FrozenConfig):
     """Base learning rate: lr = blr * global_batch / 256."""
     warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 40.0
     """Linear warm-up from 0, epochs; then a half-cosine to 0."""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """wsd: after the warm-up the rate stays, and falls to 0 at the end; a run can be extended."""
+    decay_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """wsd: share of the run, at its end, in which the rate falls."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW weight decay; none for biases and other 1-D parameters."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -341,6 +350,8 @@ class RunConfig(FrozenConfig):
     """Checkpoints after every so many steps are kept for good; 0 keeps the newest only."""
     log_every: PositiveInt = 1
     """Steps between rows of metrics; a step without a row waits for the device once."""
+    log_blocks: NonNegativeInt = 0
+    """Steps between rows with the residual stream and gradient norm of every block; 0 never."""
     print_every: PositiveInt = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"
@@ -369,6 +380,8 @@ class RunConfig(FrozenConfig):
     def _check(self) -> RunConfig:
         rule = "images are read as RGB; leave it at 3"
         require(self.model.in_chans == 3, "in_chans", self.model.in_chans, rule)
+        rule = "a compiled block cannot be looked into; leave one of the two out"
+        require(not (self.compile and self.log_blocks), "log_blocks", self.log_blocks, rule)
         every = self.save_every
         require(
             not self.keep_every or (every > 0 and self.keep_every % every == 0),
@@ -379,6 +392,6 @@ class RunConfig(FrozenConfig):
         return self
 
 
-def num_steps(config: RunConfig, steps_per_epoch: int) -> int:
+def num_steps(config: RunLength, steps_per_epoch: int) -> int:
     """Optimizer steps of the run."""
     return config.steps if config.steps is not None else round(config.epochs * steps_per_epoch)

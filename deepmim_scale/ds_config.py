@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from deepmim_scale.config import MAX_MICROBATCHES, RunConfig
+from deepmim_scale.config import MAX_MICROBATCHES
 from deepmim_scale.errors import UserError
 from deepmim_scale.json_file import read_json
 from deepmim_scale.precision import Precision
@@ -68,6 +68,26 @@ _ELSEWHERE = {
 }
 
 
+class BatchSettings(Protocol):
+    """The settings that DeepSpeed's JSON is filled in from, of any kind of run."""
+
+    @property
+    def microbatch_size(self) -> int:
+        """Images per micro-batch and replica."""
+
+    @property
+    def microbatches(self) -> int | None:
+        """Micro-batches per step."""
+
+    @property
+    def global_batch(self) -> int | None:
+        """Images per step."""
+
+    @property
+    def clip_grad(self) -> float:
+        """Largest norm of a gradient; 0 clips nothing."""
+
+
 @dataclass(frozen=True)
 class BatchSizes:
     """global_batch = microbatch_size * microbatches * num_replicas."""
@@ -87,7 +107,7 @@ class BatchSizes:
         return f"{self.global_batch} = {self.microbatch_size} x {microbatches} x {replicas}"
 
 
-def resolve_batch(config: RunConfig, num_replicas: int) -> BatchSizes:
+def resolve_batch(config: BatchSettings, num_replicas: int) -> BatchSizes:
     """Micro-batches per step from whichever of global_batch and microbatches is given."""
     size, given = config.microbatch_size, config.microbatches
     if config.global_batch is None:
@@ -174,7 +194,7 @@ def precision_of(content: dict[str, Any], path: str = "deepspeed_config") -> Pre
 
 
 def resolve_ds_config(
-    content: dict[str, Any], config: RunConfig, batch: BatchSizes
+    content: dict[str, Any], config: BatchSettings, batch: BatchSizes
 ) -> tuple[dict[str, Any], list[str]]:
     """Fill in every "auto" from the run; returns the JSON and what was filled in, as words.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Protocol, Self
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -146,3 +146,15 @@ def _number(value: float) -> str:
 def pluralize(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun, as `1 replica`."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+class RunLength(Protocol):
+    """How long a run of any kind is."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, which replace epochs where they are given."""

@@ -36,11 +36,12 @@ class ExportArguments(FrozenConfig):
     run: tyro.conf.Positional[str]
     """Folder of a run."""
     output: str
-    """New .safetensors file; for hf FOLDER/model.safetensors, with config.json beside it."""
+    """New .safetensors file; for hf, beit, vitdet FOLDER/model.safetensors, beside config.json."""
     from_step: FromStep = ""
     """The checkpoint, as step_00000800 or 800 (default: the newest intact one)."""
-    format: Literal["timm", "hf", "mae"] = "timm"
-    """timm: encoder; hf: encoder, for MAE also the decoder; mae: everything, official names."""
+    format: Literal["timm", "hf", "mae", "beit", "vitdet"] = "timm"
+    """timm: encoder; hf: encoder, for MAE also the decoder; mae: everything, official names; beit,
+    vitdet: backbones of transformers for segmentation and detection."""
 
 
 def run_export(arguments: ExportArguments) -> None:
@@ -51,7 +52,7 @@ def run_export(arguments: ExportArguments) -> None:
     new = [output]
     if output.suffix != ".safetensors":
         raise UserError(f"output={output}: must be a file that ends in .safetensors")
-    if arguments.format == "hf":
+    if arguments.format in ("hf", "beit", "vitdet"):
         new.append(output.with_name("config.json"))
         if output.name != "model.safetensors":
             raise UserError(
@@ -62,7 +63,10 @@ def run_export(arguments: ExportArguments) -> None:
             raise UserError(f"output={path}: exists; delete it or choose another --output")
     load_run_config(arguments.run)
     writable("output", output)
+    from deepmim_scale.checkpoint.backbones import BACKBONES, check_transformers
     from deepmim_scale.checkpoint.export import export
 
+    if arguments.format in BACKBONES:
+        check_transformers(arguments.format)
     for line in export(arguments.run, arguments.format, output, arguments.from_step):
         print(line)

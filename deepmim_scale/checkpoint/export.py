@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from deepmim_scale.checkpoint import files
+from deepmim_scale.checkpoint.backbones import BACKBONES, save_backbone
 from deepmim_scale.checkpoint.official import official_names, renamed
 from deepmim_scale.checkpoint.save import load_weights
+from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models import Model, build_model
@@ -36,7 +38,7 @@ _VIT_BASE = {
     "num_heads": 12,
     "mlp_ratio": 4.0,
 }
-_HF_BLOCK = {
+HF_BLOCK = {
     ".norm1.": ".layernorm_before.",
     ".norm2.": ".layernorm_after.",
     ".attn.proj.": ".attention.output.dense.",
@@ -86,7 +88,7 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
         name = renamed(ours, prefixes)
         if name is None:
             continue
-        for part, theirs in _HF_BLOCK.items():
+        for part, theirs in HF_BLOCK.items():
             name = name.replace(part, theirs)
         if ".attn.qkv." not in name:
             tensors[name] = weight
@@ -143,6 +145,8 @@ def how_to_load(config: ModelConfig, layout: str, output: Path) -> str:
             f"timm.create_model('vit_base_patch16_224', num_classes=0, {words}"
             f"checkpoint_path='{output}')"
         )
+    if layout in BACKBONES:
+        return f"transformers.{BACKBONES[layout].name}.from_pretrained('{output.parent}')"
     if layout == "mae":
         return (
             f"deepmim_scale.checkpoint.load_official(model, safetensors.torch.load_file("
@@ -163,6 +167,12 @@ def export(run: str, layout: str, output: Path, from_step: str = "") -> list[str
     step = read_state(folder).step
     model = build_model(config.model, seed=config.seed)
     load_weights(folder, model)
+    if layout in BACKBONES:
+        count = save_backbone(model, layout, output.parent)
+        return [
+            f"wrote {output}: {count} tensors, step {step}",
+            f"load it with {how_to_load(config.model, layout, output)}",
+        ]
     tensors = TENSORS[layout](model)
     header = {
         "format": "pt",
@@ -171,6 +181,7 @@ def export(run: str, layout: str, output: Path, from_step: str = "") -> list[str
         "step": str(step),
         "method": config.model.method,
         "licence": LICENCE,
+        **header_of(EncoderSizes.of(config.model)),
     }
     part = output.with_name(output.name + ".part")
     files.write_tensors(part, tensors, header)

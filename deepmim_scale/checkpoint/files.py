@@ -31,6 +31,8 @@ from deepmim_scale.runs.state import STATE, CheckpointState, describe_problem, r
 from deepmim_scale.settings import pluralize
 
 DIGEST = f"{STATE}.sha256"
+# Weights that a fine-tuned run publishes.
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def part_folder(final: Path) -> Path:
@@ -155,6 +157,15 @@ def _named(path: Path, from_step: str) -> Path | None:
     if is_checkpoint:
         return path
     return named_checkpoint(path, from_step) if from_step not in ("", "latest") else None
+
+
+def tensor_names(folder: Path, kind: str) -> set[str]:
+    """Names of all tensors in the stages' `kind` files."""
+    found: set[str] = set()
+    for file in folder.glob(f"{kind}_stage*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= set(tensors.keys())
+    return found
 
 
 def read_tensors(folder: Path, kind: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:

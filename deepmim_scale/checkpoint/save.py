@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.errors import RunFailure
-from deepmim_scale.objectives import Objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.runs.folder import step_folder, write_failure
 from deepmim_scale.runs.state import CheckpointState, read_state
 
 
+class Learned(Protocol):
+    """What changes over a run beside the weights: an objective's teacher, or their average."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+
+
 def save_checkpoint(
     run: str,
     engine: zero.Engine,
-    objective: Objective,
+    learned: Learned | None,
     *,
     stage: int,
     writes: bool,
@@ -43,7 +53,11 @@ def save_checkpoint(
 
     def write_files() -> dict[str, str]:
         digests = {}
-        kinds = {"weights": weights, "optimizer": moments, "objective": objective.state()}
+        kinds = {
+            "weights": weights,
+            "optimizer": moments,
+            "objective": learned.state() if learned else {},
+        }
         for kind, tensors in kinds.items():
             if not writes or not tensors:
                 continue
@@ -89,7 +103,11 @@ def load_weights(folder: Path, module: nn.Module) -> None:
 
     ValueError names a weight that the checkpoint does not have or whose shape differs.
     """
-    parameters = {n: p for n, p in global_parameters(module).items() if p.requires_grad}
+    everything = global_parameters(module)
+    parameters = {n: p for n, p in everything.items() if p.requires_grad}
+    # A frozen position table may be another than the model's own: `--init-from` brings it along.
+    saved = files.tensor_names(folder, "weights")
+    parameters |= {n: p for n, p in everything.items() if n in saved}
     tensors = files.read_tensors(folder, "weights", parameters)
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
@@ -109,8 +127,8 @@ def load_optimizer(folder: Path, engine: zero.Engine) -> None:
     zero.load_scaler_state(engine, state.loss_scaler)
 
 
-def load_objective(folder: Path, objective: Objective) -> None:
-    """Restore what an objective has learned; frozen teachers have nothing to restore."""
-    names = objective.state()
+def load_learned(folder: Path, learned: Learned) -> None:
+    """Restore what an objective or an average holds; frozen teachers have nothing to restore."""
+    names = learned.state()
     if names:
-        objective.load_state(files.read_tensors(folder, "objective", names))
+        learned.load_state(files.read_tensors(folder, "objective", names))

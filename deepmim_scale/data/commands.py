@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from deepmim_scale.arguments import writable
@@ -23,6 +24,13 @@ class SamplesArguments(FrozenConfig):
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """New folder; gets train/<class> and val/<class>."""
+
+
+class DigitsArguments(FrozenConfig):
+    """Write the sample set's digits by class: what pre-training saw, with labels, and others."""
+
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder; gets train/<digit> and val/<digit>."""
 
 
 class ScanArguments(FrozenConfig):
@@ -48,6 +56,17 @@ class VerifyArguments(FrozenConfig):
     """Decoding threads."""
     report: Annotated[str, tyro.conf.arg(name="json")] = ""
     """Also write the reports of all splits to this JSON file."""
+
+
+def run_digits(arguments: DigitsArguments) -> None:
+    """Write the digits that are not there yet."""
+    from deepmim_scale.data.samples import labelled_digits
+
+    out = writable("out", Path(arguments.out) / "nothing").parent
+    for split in ("train", "val"):
+        digits = labelled_digits(split)
+        digits.write(out / split, np.arange(len(digits.labels)))
+        print(f"{out / split}: {len(digits.labels)} digits")
 
 
 def run_samples(arguments: SamplesArguments) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 # Streams 0 to 15 belong to masks, so that models may draw several per image.
 TRAIN_MASK, VALIDATION_MASK = 0, 1
 ORDER, CROP, FLIP, SAMPLES = 16, 17, 18, 19
+AUGMENT, MIX, DROP_PATH = 20, 21, 22
 
 _MULTIPLY_0, _MULTIPLY_2 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _RAISE_0, _RAISE_1 = 0x9E3779B9, 0xBB67AE85

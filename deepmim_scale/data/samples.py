@@ -8,6 +8,7 @@ every photograph, which is validation and never cropped for training, is wide en
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from deepmim_scale.arguments import writable
 from deepmim_scale.data.philox import SAMPLES, philox, scale_to
+from deepmim_scale.data.source import Split
 from deepmim_scale.errors import UserError
 
 # Licence and origin as skimage.data documents them; all are free to use, change and pass on.
@@ -68,8 +70,33 @@ def write_samples(out: str | Path) -> bool:
 
 def load_digits_probe() -> tuple[np.ndarray, np.ndarray]:
     """The validation digits with their labels: images uint8 [n, 3, 32, 32], labels int64 [n]."""
+    digits = labelled_digits("val")
+    return np.repeat(digits.images[:, None], 3, axis=1), digits.labels
+
+
+@dataclass(frozen=True)
+class LabelledDigits:
+    """The digits of one part of the sample set, with the labels that it leaves out."""
+
+    images: np.ndarray
+    """uint8 [n, 32, 32]."""
+    labels: np.ndarray
+    """int64 [n]."""
+
+    def write(self, folder: Path, ids: np.ndarray) -> None:
+        """Write the digits `ids` as folder/<label>/<id>.png; what is there stays."""
+        for i in ids.tolist():
+            path = folder / str(self.labels[i]) / f"{i:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                Image.fromarray(self.images[i]).save(path)
+
+
+def labelled_digits(split: Split) -> LabelledDigits:
+    """The digits that the sample set's `train` or `val` holds."""
     images, labels = _digits()
-    return np.repeat(images[1::2, None], 3, axis=1), labels[1::2]
+    first = 0 if split == "train" else 1
+    return LabelledDigits(images[first::2], labels[first::2])
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

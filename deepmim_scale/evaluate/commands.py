@@ -14,10 +14,10 @@ import tyro
 from deepmim_scale.arguments import writable
 from deepmim_scale.config import FromStep
 from deepmim_scale.errors import UserError
-from deepmim_scale.settings import FrozenConfig
+from deepmim_scale.settings import Folder, FrozenConfig, shown_as
 
 if TYPE_CHECKING:
-    from deepmim_scale.evaluate.classes import Classes
+    from deepmim_scale.data.classes import Classes
     from deepmim_scale.evaluate.folder import Probe
 
 
@@ -36,10 +36,14 @@ class FolderArguments(FrozenConfig):
     """Probe a run's frozen features on the classes of an image folder."""
 
     run: tyro.conf.Positional[str]
-    """Folder of a run."""
+    """A run, one of its checkpoints, or a file of weights as `finetune` takes it."""
     from_step: FromStep = ""
     """The checkpoint, as step_00000800 or 800 (default: the newest intact one)."""
-    data: str = ""
+    model: Annotated[str, shown_as("timm:NAME")] = ""
+    """The timm network that a file of weights belongs to."""
+    blocks: Annotated[tuple[int, ...], shown_as("INT ...")] = ()
+    """Blocks to probe, from 1 (default: those that were tapped, or four evenly spread)."""
+    data: Folder = ""
     """Folder with train/<class> and val/<class> (default: the run's)."""
     pool: tuple[Literal["class", "mean", "2x2"], ...] = ("class", "mean", "2x2")
     """How tokens become features: the class token, the patches' mean, the means of quarters."""
@@ -71,13 +75,13 @@ def run_digits(arguments: DigitsArguments) -> None:
     print(table(rows))
     for encoder, title in (("-", "raw pixels"), ("untrained", "untrained"), ("trained", "trained")):
         best = max((row for row in rows if row.encoder == encoder), key=lambda row: row.mean)
-        print(f"best {title}: {100 * best.mean:.1f} ({best.features}, {best.pool}, {best.probe})")
+        print(f"best {title}: {best.mean:.1f} ({best.features}, {best.pool}, {best.probe})")
     output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def run_knn(arguments: KnnArguments) -> None:
     """Print the table of k-NN accuracies."""
-    from deepmim_scale.evaluate.classes import open_classes
+    from deepmim_scale.data.classes import open_classes
     from deepmim_scale.evaluate.probes import TEMPERATURE, knn_weighted
 
     data, cache = _data(arguments)
@@ -92,7 +96,7 @@ def run_linear(arguments: LinearArguments) -> None:
     """Print the table of the linear probe's accuracies."""
     if importlib.util.find_spec("sklearn") is None:
         raise UserError("linear: scikit-learn is not installed; pip install scikit-learn")
-    from deepmim_scale.evaluate.classes import open_classes
+    from deepmim_scale.data.classes import open_classes
     from deepmim_scale.evaluate.probes import FOLDS, linear
 
     data, cache = _data(arguments)
@@ -108,14 +112,27 @@ def run_linear(arguments: LinearArguments) -> None:
 
 def _data(arguments: FolderArguments) -> tuple[str, str]:
     """Data and cache: the arguments' or the run's."""
-    from deepmim_scale.runs.folder import load_run_config
-
-    run = load_run_config(arguments.run)
     if not arguments.pool:
         raise UserError("pool: names nothing; give one or more of class, mean, 2x2")
     if arguments.json_file:
         writable("json", arguments.json_file)
-    return arguments.data or run.data, run.cache
+    return data_and_cache(arguments.run, arguments.data)
+
+
+def data_and_cache(run: str, data: str) -> tuple[str, str]:
+    """What is given, or the run's; UserError for a file or a folder without either."""
+    from deepmim_scale.runs.folder import CHECKPOINTS, fine_tuned, load_run_config
+
+    place = Path(run)
+    folder = place.parents[1] if place.parent.name == CHECKPOINTS else place
+    if place.is_dir() and not fine_tuned(folder):
+        config = load_run_config(folder)
+        return data or config.data, config.cache
+    if not place.exists():
+        raise UserError(f"{run}: does not exist; give a run or a file of weights")
+    if not data:
+        raise UserError(f"data: missing; {run} does not tell it, give --data")
+    return data, ""
 
 
 def _probe(
@@ -123,20 +140,25 @@ def _probe(
 ) -> None:
     from deepmim_scale.evaluate.features import PIXELS
     from deepmim_scale.evaluate.folder import probe_folder, table
+    from deepmim_scale.evaluate.frozen import open_frozen
 
+    trained, untrained = open_frozen(
+        arguments.run, arguments.from_step, arguments.model, arguments.blocks
+    )
     given = ", ".join(f"{key} {value}" for key, value in settings.items())
     sizes = f"{len(classes.labels)} training and {len(classes.expected)} validation images"
     print(f"{given}; {sizes}, {max(classes.labels) + 1} classes; accuracy in %")
-    accuracies = probe_folder(arguments.run, classes, probe, arguments.pool, arguments.from_step)
+    encoders = {"untrained": untrained, "trained": trained}
+    accuracies = probe_folder(encoders, classes, probe, arguments.pool)
     print(table(accuracies, arguments.pool))
-    print(f"raw pixels: {100 * accuracies[PIXELS]:.1f}; largest class: {100 * classes.largest:.1f}")
+    print(f"raw pixels: {accuracies[PIXELS]:.1f}; largest class: {100 * classes.largest:.1f}")
     if arguments.json_file:
         rows = [{**key._asdict(), "accuracy": value} for key, value in accuracies.items()]
         content = {
             "run": arguments.run,
             "data": classes.train.location,
             **settings,
-            "largest_class": classes.largest,
+            "largest_class": 100 * classes.largest,
             "rows": rows,
         }
         Path(arguments.json_file).write_text(json.dumps(content, indent=1) + "\n")

@@ -9,7 +9,8 @@ import torch
 
 from deepmim_scale.data.samples import load_digits_probe
 from deepmim_scale.errors import UserError
-from deepmim_scale.evaluate.features import PIXELS, Key, load_model, pooled, untrained_model
+from deepmim_scale.evaluate.features import PIXELS, Key, pooled
+from deepmim_scale.evaluate.frozen import open_frozen
 from deepmim_scale.evaluate.probes import PROBES
 
 NUM_LABELS = 100
@@ -19,7 +20,7 @@ POOLS = ("mean", "2x2")
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """One line of the table: accuracies as mean and standard deviation over the draws."""
+    """One line of the table: mean and standard deviation over the draws, percent."""
 
     encoder: str
     features: str
@@ -37,21 +38,23 @@ def probe_rows(key: Key, features: np.ndarray, labels: np.ndarray) -> list[Probe
         for draw in range(NUM_DRAWS):
             order = np.random.RandomState(draw).permutation(len(labels))
             train, test = order[:NUM_LABELS], order[NUM_LABELS:]
-            scores.append(accuracy(features[train], labels[train], features[test], labels[test]))
+            parts = features[train], labels[train], features[test], labels[test]
+            scores.append(100 * accuracy(*parts))
         rows.append(ProbeScore(*key, probe, float(np.mean(scores)), float(np.std(scores))))
     return rows
 
 
 def probe_run(run: str, from_step: str = "") -> list[ProbeScore]:
     """The whole table of a run: raw pixels, untrained and trained encoder, per tapped block."""
-    trained = load_model(run, from_step)
-    if trained.config.img_size != 32:
-        raise UserError(f"run={run}: img_size is {trained.config.img_size}; digits are 32 px")
+    trained, untrained = open_frozen(run, from_step)
+    size = trained.config.model.img_size
+    if size != 32:
+        raise UserError(f"run={run}: img_size is {size}; digits are 32 px")
     pixels, labels = load_digits_probe()
     rows = probe_rows(PIXELS, pixels[:, 0].reshape(len(pixels), -1) / 255, labels)
     images = torch.from_numpy(pixels)
-    for encoder, model in (("untrained", untrained_model(run)), ("trained", trained)):
-        for key, features in pooled(encoder, model, images, POOLS).items():
+    for name, encoder in (("untrained", untrained), ("trained", trained)):
+        for key, features in pooled(name, encoder, images, POOLS).items():
             rows += probe_rows(key, features.numpy(), labels)
     return rows
 
@@ -66,6 +69,6 @@ def table(rows: list[ProbeScore]) -> str:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         cells = groups.setdefault((row.encoder, row.features, row.pool), [])
-        cells.append(f"{100 * row.mean:.1f} +- {100 * row.std:.1f}")
+        cells.append(f"{row.mean:.1f} +- {row.std:.1f}")
     lines += [f"| {' | '.join(key)} | {' | '.join(cells)} |" for key, cells in groups.items()]
     return "\n".join(lines)

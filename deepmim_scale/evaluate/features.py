@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deepmim_scale.checkpoint import networks
+from deepmim_scale.evaluate.frozen import FrozenEncoder
 from deepmim_scale.models import Model
-from deepmim_scale.runs.folder import load_run_config
 
 POOLS = ("class", "mean", "2x2")
 
@@ -35,11 +35,6 @@ def load_model(run: str | Path, from_step: str = "") -> Model:
     return networks.trained(str(run), from_step)
 
 
-def untrained_model(run: str | Path) -> Model:
-    """The model with which a run began."""
-    return networks.fresh(load_run_config(run)).eval()
-
-
 def pool(tokens: Tensor, kind: str) -> Tensor:
     """Tokens [N, L+1, D] as one vector: `class` or `mean` [N, D], or `2x2` [N, 4 D].
 
@@ -54,12 +49,12 @@ def pool(tokens: Tensor, kind: str) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(planes, side).flatten(1)
 
 
-@torch.no_grad()
-def pooled(encoder: str, model: Model, images: Tensor, pools: Sequence[str]) -> dict[Key, Tensor]:
-    """Features [N, F] of every tapped block by every pooling, of images [N, 3, S, S]."""
-    result = {}
-    for number, hidden in enumerate(model.features(images), start=1):
-        if number in model.config.taps:
-            for kind in pools:
-                result[Key(encoder, f"block{number:02d}", kind)] = pool(hidden, kind)
-    return result
+def pooled(
+    name: str, encoder: FrozenEncoder, images: Tensor, pools: Sequence[str]
+) -> dict[Key, Tensor]:
+    """Features [N, F] of every probed block by every pooling, of images [N, 3, S, S]."""
+    return {
+        Key(name, f"block{number:02d}", kind): pool(tokens, kind)
+        for number, tokens in encoder.tokens(images).items()
+        for kind in pools
+    }

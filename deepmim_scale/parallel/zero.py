@@ -113,7 +113,6 @@ def build_optimizer(
     *,
     betas: tuple[float, float],
     eps: float,
-    device: torch.device,
 ) -> torch.optim.Optimizer:
     """torch's AdamW, fused, or FusedAdam of NVIDIA apex."""
     if kind == "adamw":
@@ -312,9 +311,12 @@ def gradient_norms(
 
 
 def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
-    """Clip, vote on overflow and update; returns (gradient norm over all stages, applied)."""
+    """Clip, vote on overflow and update; returns (gradient norm over all stages, applied).
+
+    A parameter group with an `lr_scale` moves at that multiple of the rate.
+    """
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     if math.isnan(engine.gradients.norm):
         gradient_norms(engine, ["all"], lambda name: "all")
     norm = engine.gradients.norm / loss_scale(engine)

@@ -13,16 +13,19 @@ from typing import Any
 from deepmim_scale.arguments import load_run, writable
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.json_file import read_json
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
 LOCK = "lock.json"
 CHECKPOINTS = "checkpoints"
+# The one key of a fine-tuned run's config.json.
+FINE_TUNED = "finetune"
 _STEP = re.compile("step_([0-9]{8})")
 _FROM = re.compile("(step_)?([0-9]{1,8})")
 # Fields of RunConfig that are paths.
-_PATHS = ("data", "output", "deepspeed_config", "schedule_file", "cache")
+_PATHS = ("data", "output", "deepspeed_config", "schedule_file", "cache", "init_from")
 _LOCAL_TEACHER = "local-dir:"
 
 
@@ -89,7 +92,16 @@ def load_run_config(run: str | Path) -> RunConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise UserError(f"{run}: is no run ({CONFIG} is missing); check the path")
+    if fine_tuned(run):
+        raise UserError(f"{run}: is a fine-tuned run; give the run of its pre-training")
     return load_run(path)
+
+
+def fine_tuned(run: str | Path) -> dict[str, Any]:
+    """The settings of a fine-tuned run, as plain values; empty for any other folder."""
+    path = Path(run) / CONFIG
+    found: dict[str, Any] = (read_json(path) if path.is_file() else {}).get(FINE_TUNED, {})
+    return found
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepmim_scale.json_file import read_json
 from deepmim_scale.runs.folder import (
     CHECKPOINTS,
     CONFIG,
+    FINE_TUNED,
     LOCK,
     METRICS,
     STARTS,
@@ -59,6 +61,7 @@ _FREE = frozenset(
         "keep_checkpoints",
         "keep_every",
         "log_every",
+        "log_blocks",
         "print_every",
         "resume",
         "from_step",
@@ -75,29 +78,51 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     free = _FREE - _CUT if config["gradient_flow"] == "local" else _FREE
     # Older runs saved paths as they were given, relative to where they were started.
     config = with_paths(config, os.path.realpath)
+    if config["lr_schedule"] == "wsd":  # up to its decay it does not depend on the length
+        free |= {"epochs", "steps"}
     values = {key: value for key, value in config.items() if key not in free and key != "model"}
     return values | config["model"]
 
 
 def check_output(config: RunConfig) -> bool:
     """Whether the run's folder holds this very run; UserError if it holds something else."""
-    folder = Path(config.output)
+
+    def compare() -> tuple[dict[str, Any], dict[str, Any]]:
+        ours = _compared(config.model_dump(mode="json"))
+        # Loaded, an older configuration has today's names and the defaults of younger fields.
+        return ours, _compared(load_run_config(config.output).model_dump(mode="json"))
+
+    holds_it = check_folder(config.output, config.resume, config.from_step, compare)
+    if holds_it and config.from_step not in ("", "latest"):
+        named_checkpoint(config.output, config.from_step)
+    return holds_it
+
+
+def check_folder(
+    output: str,
+    resume: str,
+    from_step: str,
+    compare: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+) -> bool:
+    """Whether a folder holds the run whose values `compare` gives first, the folder's second.
+
+    UserError if it holds something else.
+    """
+    folder = Path(output)
     saved = folder / CONFIG
     if not saved.is_file() or not _has_begun(folder):
         if not saved.is_file() and _holds_other_files(folder):
             raise UserError(f"output={folder}: holds other files; choose an empty folder")
-        for key, value in (("resume", config.resume), ("from", config.from_step)):
+        for key, value in (("resume", resume), ("from", from_step)):
             if value not in ("auto", "never", ""):
                 raise UserError(f"{key}={value}: {folder} holds no run; check --output")
         return False
-    if config.resume == "never":
+    if resume == "never":
         raise UserError(
             f"output={folder}: holds a run; delete it or choose another --output, "
             "or go on with --resume auto"
         )
-    ours = _compared(config.model_dump(mode="json"))
-    # Loaded, an older configuration has today's names and the defaults of younger fields.
-    theirs = _compared(load_run_config(folder).model_dump(mode="json"))
+    ours, theirs = compare()
     different = [
         f"{key} {theirs.get(key)} -> {value}"
         for key, value in ours.items()
@@ -108,8 +133,6 @@ def check_output(config: RunConfig) -> bool:
             f"output={folder}: holds another run ({'; '.join(different[:3])}); "
             "choose another --output"
         )
-    if config.from_step not in ("", "latest"):
-        named_checkpoint(folder, config.from_step)
     return True
 
 
@@ -131,7 +154,8 @@ def finished_without_checkpoints(run: str | Path, total_steps: int) -> bool:
     A run that saves was cut off before its last checkpoint, and has to be repeated.
     """
     run = Path(run)
-    if read_json(str(run / CONFIG)).get("save_every") != 0 or not (run / METRICS).is_file():
+    config = read_json(run / CONFIG)
+    if (config.get(FINE_TUNED) or config).get("save_every") != 0 or not (run / METRICS).is_file():
         return False
     rows = read_metrics(run)
     return bool(rows) and rows[-1]["step"] >= total_steps

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepmim_scale.arguments import parse_run
-from deepmim_scale.config import RunConfig
+from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import resolve_batch
 from deepmim_scale.errors import UserError
 from deepmim_scale.methods import method_of
 from deepmim_scale.pipeline.compatibility import best_placement, check_combination
 from deepmim_scale.pipeline.registry import DEFAULT
+from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.plan.planner import predict
 from deepmim_scale.plan.row import Plan
 from deepmim_scale.presets import load_preset
@@ -77,9 +78,21 @@ def _cell(args: StudyArguments, depth: int, stages: int, schedule: str) -> Cell:
 def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> CellRun:
     if args.processes % stages:
         raise UserError(f"stages={stages}: must divide the {args.processes} processes")
+    words = _words(args, depth, stages, schedule)
+    if args.evaluate and stages == 1:
+        words += _kept_checkpoints(args, depth)
+    config = parse_run(words, prog="pretrain")
+    batch = resolve_batch(config, args.processes // stages)
+    check_combination(
+        config.model, stages, schedule, config.placement, config.reduction, config.gradient_flow
+    )
+    return CellRun(words, config, batch.num_replicas, batch.microbatches)
+
+
+def _words(args: StudyArguments, depth: int, stages: int, schedule: str) -> tuple[str, ...]:
     preset = load_preset(args.preset).model
     spread = method_of(preset).free_taps and depth != preset.depth
-    words = (
+    return (
         *("--preset", args.preset, "--data", args.data, "--depth", str(depth)),
         *(("--taps", f"even:{len(preset.taps)}") if spread else ()),
         *("--stages", str(stages), "--schedule", schedule),
@@ -89,12 +102,25 @@ def _job(args: StudyArguments, depth: int, stages: int, schedule: str) -> CellRu
         *("--save-every", "0", "--validate-every", "0"),
         *args.flags,  # the user's come last and win
     )
-    config = parse_run(words, prog="pretrain")
-    batch = resolve_batch(config, args.processes // stages)
-    check_combination(
-        config.model, stages, schedule, config.placement, config.reduction, config.gradient_flow
+
+
+def _model(args: StudyArguments, depth: int) -> ModelConfig:
+    """What every cell of a depth trains."""
+    return parse_run(_words(args, depth, 1, DEFAULT), prog="pretrain").model
+
+
+def equal_flops_step(args: StudyArguments, depth: int) -> int:
+    """The step at which cells of a depth have cost what the shallowest cost in all."""
+    shallow, deep = (
+        model_cost(_model(args, d)).whole.training_flops for d in (min(args.depths), depth)
     )
-    return CellRun(words, config, batch.num_replicas, batch.microbatches)
+    return max(round(args.steps * shallow / deep), 1)
+
+
+def _kept_checkpoints(args: StudyArguments, depth: int) -> tuple[str, ...]:
+    """Flags that keep the last checkpoint, and that of equal FLOPs."""
+    every = str(equal_flops_step(args, depth))
+    return ("--save-every", every, "--keep-every", every, "--keep-checkpoints", "1")
 
 
 def prediction(args: StudyArguments, job: CellRun) -> Plan:

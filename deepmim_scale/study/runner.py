@@ -59,6 +59,8 @@ def launch_command(args: StudyArguments, cell: Cell, run: str) -> list[str]:
     """The command line of a run: the deepspeed launcher, or plain Python for one process."""
     assert cell.job is not None, "only legal cells are launched"
     words = [*cell.job.words, "--output", str(run_folder(args, run))]
+    if args.evaluate:
+        words += ["--seed", run.rpartition("_r")[2]]
     if args.processes == 1:
         return [sys.executable, "-m", PRETRAIN, *words]
     launcher = [

@@ -22,8 +22,20 @@ RESULTS = "study.json"
 RUNS = "runs"
 # A study may be extended by these, and predicted for another GPU; all else makes it another study.
 _FREE = frozenset(
-    {"output", "depths", "stages", "schedules", "repeats", "gpu", "network", "hostfile", "dry_run"}
+    {
+        "output",
+        "depths",
+        "stages",
+        "schedules",
+        "repeats",
+        "gpu",
+        "network",
+        "hostfile",
+        "dry_run",
+        "beside",
+    }
 )
+EVALUATIONS = ("knn", "linear", "linear-sgd", "attentive", "finetune")
 # Flags of pre-training that the study sets for each cell.
 _TAKEN = (
     "--preset",
@@ -102,6 +114,16 @@ class StudyArguments(FrozenConfig):
     """Predict for 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr or 8xndr between nodes."""
     hostfile: File = ""
     """DeepSpeed's list of machines, see launcher/hostfile.example."""
+    evaluate: Annotated[
+        tuple[str, ...],
+        _comma_separated(
+            lambda text: tuple(word.strip() for word in text.split(",")), "NAME [FLAGS],..."
+        ),
+    ] = ()
+    """Of knn, linear, linear-sgd, attentive, finetune, each with its flags, after each cell of one
+    stage; every repeat then has a seed of its own."""
+    beside: Names = ()
+    """Folders of other studies whose accuracies are compared and drawn too."""
     dry_run: bool = False
     """Predict only; start nothing."""
     flags: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -126,11 +148,19 @@ class StudyArguments(FrozenConfig):
             if name not in trainable_schedules():
                 known = ", ".join(trainable_schedules())
                 raise ValueError(f"schedules={name}: unknown; use {known}")
+        names = [evaluation.split(" ")[0] for evaluation in self.evaluate]
+        for name in names:
+            if name not in EVALUATIONS or names.count(name) > 1:
+                known = ", ".join(EVALUATIONS)
+                raise ValueError(f"evaluate={name}: must be one of {known}, each once")
+        for folder in self.beside:
+            if not (Path(folder) / "accuracy.json").is_file():
+                raise ValueError(f"beside={folder}: holds no accuracy.json; evaluate it first")
         lookup("gpu", self.gpu, GPUS)
         lookup("network", self.network, NETWORKS)
         for word in self.flags:
             flag = word.split("=")[0].replace("_", "-")
-            if flag in _TAKEN:
+            if flag in _TAKEN or (self.evaluate and flag in ("--seed", "--save-every")):
                 raise ValueError(f"{flag}: is set by the study's own flags, those before `--`")
         if self.flags and not self.flags[0].startswith("--"):
             raise ValueError(f"{self.flags[0]}: unknown word; flags of pretrain come after `--`")
@@ -184,6 +214,14 @@ def check_folder(args: StudyArguments) -> StudyArguments:
     if args.dry_run:  # draws the tables again
         args = args.replace(data=theirs.get("data", ""))
     for key, value in args.model_dump(mode="json").items():
+        # More may be evaluated of runs that kept what it takes; depths decide what that is.
+        if key == "evaluate" and bool(value) == bool(theirs.get(key)):
+            continue
+        if key == "depths" and args.evaluate and min(value) != min(theirs[key]):
+            raise UserError(
+                f"depths={min(value)}: the shallowest, {min(theirs[key])}, is what equal FLOPs "
+                "are measured by; choose another --output"
+            )
         if key not in _FREE and theirs.get(key) != value:
             raise UserError(
                 f"{key}={value}: {folder} holds a study with {key}={theirs.get(key)}; "

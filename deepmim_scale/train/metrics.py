@@ -38,6 +38,13 @@ def throughput(
     not count.
     """
     flops = model_cost(config).whole.training_flops
+    return flop_rates(flops, images, seconds, num_processes, device)
+
+
+def flop_rates(
+    flops: int, images: int, seconds: float, num_processes: int, device: torch.device
+) -> dict[str, float]:
+    """Rates of one step of a model of so many FLOPs per image, forward and backward."""
     rate = images / seconds
     row = {
         "images_per_second": rate,

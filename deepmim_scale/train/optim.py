@@ -41,9 +41,43 @@ def peak_learning_rate(config: RunConfig, global_batch: int) -> float:
     return config.blr * global_batch / 256
 
 
-def learning_rate(peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float) -> float:
-    """Rate at a fractional epoch: linear from 0 during the warm-up, then a half-cosine to 0."""
+def stable_until(total: float, decay_share: float) -> float:
+    """Where the rate of `wsd` begins to fall, in the unit of `total`."""
+    return total * (1 - decay_share)
+
+
+def wsd_rate(
+    peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float, decay_share: float
+) -> float:
+    """Warm-up from 0, a constant rate, then peak * (1 - sqrt(progress)) down to 0.
+
+    Source: Haegele et al. 2024, arXiv 2405.18392, section 3 (1-sqrt decay).
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    start = max(stable_until(total_epochs, decay_share), warmup_epochs)
+    progress = max(epoch - start, 0.0) / max(total_epochs - start, 1e-12)
+    return peak * (1 - math.sqrt(min(progress, 1.0)))
+
+
+def run_rate(config: RunConfig, peak: float, epoch: float, total_epochs: float) -> float:
+    """Rate of a pre-training run at a fractional epoch."""
+    if config.lr_schedule == "wsd":
+        return wsd_rate(
+            peak,
+            epoch,
+            warmup_epochs=config.warmup_epochs,
+            total_epochs=total_epochs,
+            decay_share=config.decay_share,
+        )
+    return learning_rate(peak, epoch, warmup_epochs=config.warmup_epochs, total_epochs=total_epochs)
+
+
+def learning_rate(
+    peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float, floor: float = 0.0
+) -> float:
+    """Rate at a fractional epoch: linear from 0 during the warm-up, a half-cosine to `floor`."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(total_epochs - warmup_epochs, 1e-12)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.arguments import difference
 from deepmim_scale.checkpoint import networks
@@ -26,7 +26,10 @@ from deepmim_scale.objectives import Objective, build_objective, objective_of
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
 from deepmim_scale.runs.lock import check_free
 from deepmim_scale.runs.resume import check_output
-from deepmim_scale.settings import pluralize
+from deepmim_scale.settings import RunLength, pluralize
+
+if TYPE_CHECKING:
+    from deepmim_scale.checkpoint.initial import Initial
 
 # The trainer's profiler schedule, in steps.
 PROFILED = (11, 13)
@@ -51,6 +54,8 @@ class PreparedRun:
     """The output folder holds this run."""
     objective: Objective
     """Targets and losses, with their teacher on the CPU."""
+    initial: Initial | None
+    """What `--init-from` gives a run that begins."""
 
 
 def prepare(config: RunConfig) -> PreparedRun:
@@ -84,14 +89,21 @@ def prepare(config: RunConfig) -> PreparedRun:
     assert train is not None, "a source raises where there is nothing to train on"
     validation = open_source(config.data, "val", config.on_bad, config.cache)
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
-    _check_length(config, samples.steps_per_epoch)
+    check_length(config, samples.steps_per_epoch)
+    _check_profile(config, num_steps(config, samples.steps_per_epoch))
 
-    given = given or load_ds_config(bundled(_default_ds_config()))
-    _check_machine(config, given)
+    given = given or load_ds_config(bundled(default_ds_config()))
+    check_machine(given, config.deepspeed_config, config.optimizer)
+    _check_kernels(config)
     ds_config, filled_in = resolve_ds_config(given, config, batch)
     # On every rank, so that a mistake is told before any rank waits for another.
     teacher = objective_of(config.model).load_teacher(config, networks)
     objective = build_objective(config.model, teacher)
+    initial = None
+    if config.init_from:
+        from deepmim_scale.checkpoint.initial import initial_weights
+
+        initial = initial_weights(config)
     return PreparedRun(
         config,
         changes,
@@ -104,16 +116,20 @@ def prepare(config: RunConfig) -> PreparedRun:
         validation,
         may_resume,
         objective,
+        initial,
     )
 
 
-def _check_length(config: RunConfig, steps_per_epoch: int) -> None:
-    steps = num_steps(config, steps_per_epoch)
-    if steps == 0:
+def check_length(config: RunLength, steps_per_epoch: int) -> None:
+    """UserError for a run of no step."""
+    if num_steps(config, steps_per_epoch) == 0:
         raise UserError(
             f"epochs={config.epochs:g}: less than a step, an epoch has "
             f"{pluralize(steps_per_epoch, 'step')}; raise --epochs or give --steps"
         )
+
+
+def _check_profile(config: RunConfig, steps: int) -> None:
     if config.profile and steps < PROFILED[1]:
         raise UserError(
             f"profile=True: traces steps {PROFILED[0]} to {PROFILED[1]}, the run has "
@@ -121,7 +137,8 @@ def _check_length(config: RunConfig, steps_per_epoch: int) -> None:
         )
 
 
-def _default_ds_config() -> str:
+def default_ds_config() -> str:
+    """The bundled JSON that suits this machine."""
     import torch
 
     if not torch.cuda.is_available():
@@ -130,22 +147,26 @@ def _default_ds_config() -> str:
     return "a100_bf16.json" if has_bf16 else "v100_fp16.json"
 
 
-def _check_machine(config: RunConfig, ds_config: dict[str, Any]) -> None:
+def check_machine(ds_config: dict[str, Any], given: str, optimizer: str) -> None:
+    """UserError for a precision or an optimizer that this machine does not have."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    if precision_of(ds_config).product == "float16" and not on_gpu:
+    if precision_of(ds_config).product == "float16" and not torch.cuda.is_available():
         raise UserError(
-            f"deepspeed_config={config.deepspeed_config}: float16 needs a GPU; "
-            "use ds_configs/cpu_fp32.json"
+            f"deepspeed_config={given}: float16 needs a GPU; use ds_configs/cpu_fp32.json"
         )
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if config.kernels == "triton" and not (on_gpu or interpreted):
-        raise UserError("kernels=triton: needs a GPU; use --kernels auto")
-    if config.optimizer == "apex":
+    if optimizer == "apex":
         from deepmim_scale.parallel.zero import check_apex
 
         check_apex()
+
+
+def _check_kernels(config: RunConfig) -> None:
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.kernels == "triton" and not (torch.cuda.is_available() or interpreted):
+        raise UserError("kernels=triton: needs a GPU; use --kernels auto")
 
 
 def describe(prepared: PreparedRun) -> Iterator[str]:
@@ -160,10 +181,9 @@ def describe(prepared: PreparedRun) -> Iterator[str]:
     ):
         yield f"data: {note}"
     yield f"deepspeed: {' '.join(prepared.filled_in)}"
-    rate = config.blr * batch.global_batch / 256
-    yield (
-        f"{batch}; lr = {_scientific(config.blr)} x {batch.global_batch}/256 = {_scientific(rate)}"
-    )
+    if prepared.initial is not None and not prepared.may_resume:
+        yield prepared.initial.note
+    yield batch_line(config.blr, batch)
     if config.stages > 1:
         built = prepared.pipeline.built
         idle, schedule = built.timeline.idle_fraction, built.schedule
@@ -178,6 +198,12 @@ def describe(prepared: PreparedRun) -> Iterator[str]:
                 f"warning: microbatches={batch.microbatches}: fewer than the {config.stages} "
                 f"stages, which idle {idle:.1%} of the time (simulated); raise --microbatches"
             )
+
+
+def batch_line(blr: float, batch: BatchSizes) -> str:
+    """MAE's arithmetic of batch and learning rate."""
+    rate = blr * batch.global_batch / 256
+    return f"{batch}; lr = {_scientific(blr)} x {batch.global_batch}/256 = {_scientific(rate)}"
 
 
 def _scientific(number: float) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
+
+# (row of metrics, steps of the run) -> one line
+StepLine = Callable[[dict[str, Any], int], str]
 
 
 class Progress:
     """Prints for the rank that speaks."""
 
-    def __init__(self, *, is_main: bool) -> None:
-        self._is_main = is_main
+    def __init__(self, *, is_main: bool, line: StepLine | None = None) -> None:
+        self._is_main, self._line = is_main, line or step_line
         self._bar: tqdm | None = None
 
     def print_main(self, text: str) -> None:
@@ -38,7 +42,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {row['loss']:.4f}")
         if row["step"] % every == 0 or row["step"] == total or row["skipped"]:
-            self.print_main(step_line(row, total))
+            self.print_main(self._line(row, total))
 
     def close(self) -> None:
         """End the bar."""

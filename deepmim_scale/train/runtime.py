@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from deepmim_scale.checkpoint.save import load_objective, load_optimizer, load_weights
+from deepmim_scale.checkpoint.initial import Initial, put
+from deepmim_scale.checkpoint.save import load_learned, load_optimizer, load_weights
 from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.models.blocks import compile_blocks
@@ -52,10 +53,12 @@ def build_runtime(
     device: torch.device,
     objective: Objective,
     checkpoint: Path | None = None,
+    initial: Initial | None = None,
 ) -> Runtime:
     """Build this rank's part of a run, with the weights and optimizer state of a checkpoint.
 
-    Every rank calls it; ds_config is resolved (no "auto").
+    Without one it begins with `initial`, or else with random weights. Every rank calls it;
+    ds_config is resolved (no "auto").
     """
     grid, schedule = zero.build_grid(config.stages), plan.built.schedule
     pp_rank = grid.get_stage_id()
@@ -73,18 +76,19 @@ def build_runtime(
         compile_blocks(stages)
     if checkpoint is not None:
         load_weights(checkpoint, stages)
+    elif initial is not None:
+        put(initial, stages)
     stages.to(device)
     optimizer = zero.build_optimizer(
         config.optimizer,
         parameter_groups(stages, config.weight_decay),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        device=device,
     )
     engine = zero.build_engine(stages, optimizer, ds_config, grid)
     if checkpoint is not None:
         load_optimizer(checkpoint, engine)
-        load_objective(checkpoint, objective)
+        load_learned(checkpoint, objective)
     channels = Channels(schedule, grid.pipe_groups, device, config.timeout)
     objective.to(device)
     executor = Executor(

@@ -40,8 +40,9 @@ from deepmim_scale.runs.environment import record_start
 from deepmim_scale.runs.folder import CONFIG, write_config, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
+from deepmim_scale.train.block_log import BlockLog
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
-from deepmim_scale.train.optim import learning_rate, peak_learning_rate
+from deepmim_scale.train.optim import peak_learning_rate, run_rate
 from deepmim_scale.train.prepare import PreparedRun
 from deepmim_scale.train.progress import Progress
 from deepmim_scale.train.restore import find_start
@@ -70,10 +71,12 @@ class Trainer:
             device,
             self.objective,
             self.start.checkpoint,
+            prepared.initial,
         )
         self.engine, self.executor, self.grid = runtime.engine, runtime.executor, runtime.grid
         self.pp_rank, self.dp_rank = runtime.pp_rank, runtime.dp_rank
         self.step, self.updates = self.start.step, self.start.updates
+        self.block_log = BlockLog(self.engine.module, prepared.config.model.depth, device)
 
     @property
     def finished(self) -> bool:
@@ -93,7 +96,7 @@ class Trainer:
                 writer = MetricsWriter(config.output, self.step)
             if note:
                 progress.print_main(note)
-        self._check_shared()
+        check_shared(config.output)
         loader = self.build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
@@ -122,22 +125,6 @@ class Trainer:
             progress.close()
             if writer is not None:
                 writer.close()
-
-    def _check_shared(self) -> None:
-        """UserError, before the first save would fail, if a node does not see the folder."""
-        dist.barrier()
-        config_file = Path(self.config.output) / CONFIG
-        deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE  # NFS remembers what it did not find
-        while not config_file.is_file() and time.monotonic() < deadline:
-            time.sleep(1.0)
-        hosts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, "" if config_file.is_file() else socket.gethostname())
-        blind = sorted({host for host in hosts if host})
-        if blind:
-            raise UserError(
-                f"output={self.config.output}: not seen from {', '.join(blind)}; "
-                "give a folder that all nodes share"
-            )
 
     def build_loader(self) -> StepLoader:
         """The images of all steps that are left."""
@@ -173,16 +160,20 @@ class Trainer:
         began = time.perf_counter()
         config, names = self.config, losses_of(self.config.model)
         epoch = self.step / self.samples.steps_per_epoch
-        rate = learning_rate(
-            peak_learning_rate(config, self.prepared.batch.global_batch),
-            epoch,
-            warmup_epochs=config.warmup_epochs,
-            total_epochs=self.total_steps / self.samples.steps_per_epoch,
-        )
+        peak = peak_learning_rate(config, self.prepared.batch.global_batch)
+        rate = run_rate(config, peak, epoch, self.total_steps / self.samples.steps_per_epoch)
         microbatches = [batch.to(self.device) for batch in batches]
         calls = self.executor.num_backward_calls
-        with zero.reduced_step(self.engine, config.reduction, calls) as backward:
+        logs_blocks = config.log_blocks > 0 and (self.step + 1) % config.log_blocks == 0
+        with (
+            self.block_log.watching() if logs_blocks else contextlib.nullcontext(),
+            zero.reduced_step(self.engine, config.reduction, calls) as backward,
+        ):
             sums = self.executor.train(microbatches, backward)
+        blocks: dict[str, Any] = {}
+        if logs_blocks:
+            blocks["block_magnitudes"] = self.block_log.magnitudes()
+            blocks["block_grad_norms"] = self.block_log.gradient_norms(self.engine)
         owners = ["encoder", *decoder_names(config.model).values()]
         norms = zero.gradient_norms(self.engine, owners, gradient_owner)
         norm, applied = zero.apply_step(self.engine, rate)
@@ -220,13 +211,15 @@ class Trainer:
             "peak_memory_gib": memory,
             "idle_fraction": idle,
             "loader_wait_ms": wait_seconds * 1e3,
+            **blocks,
         }
         return row, applied
 
     def _reports_after(self, step: int) -> bool:
         """Whether a row is due, to be written or to be printed."""
         config = self.config
-        due = step % config.log_every == 0 or step % config.print_every == 0
+        steps = (config.log_every, config.print_every, config.log_blocks)
+        due = any(every and step % every == 0 for every in steps)
         return due or self.finished or self._validates_after(step)
 
     def _gather(self, scalars: list[Tensor], numbers: list[float]) -> list[list[float]]:
@@ -325,6 +318,22 @@ class Trainer:
             on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
         ) as profiler:
             yield profiler
+
+
+def check_shared(output: str) -> None:
+    """UserError on every rank, before the first save would fail, if a node misses the folder."""
+    dist.barrier()
+    config_file = Path(output) / CONFIG
+    deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE  # NFS remembers what it did not find
+    while not config_file.is_file() and time.monotonic() < deadline:
+        time.sleep(1.0)
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, "" if config_file.is_file() else socket.gethostname())
+    blind = sorted({host for host in hosts if host})
+    if blind:
+        raise UserError(
+            f"output={output}: not seen from {', '.join(blind)}; give a folder that all nodes share"
+        )
 
 
 def total_loss(model: ModelConfig, losses: dict[str, float]) -> float:

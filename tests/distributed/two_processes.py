@@ -59,7 +59,6 @@ def engine_for(
         parameter_groups(model, 0.05),
         betas=(0.9, 0.95),
         eps=EPS,
-        device=torch.device("cpu"),
     )
     return model, zero.build_engine(model, optimizer, resolved, grid)
 

@@ -174,6 +174,46 @@ def test_transformers(
 
 
 @pytest.mark.parametrize("preset", METHODS)
+def test_beit_backbone(
+    preset: str, finished_run: Callable[[str], Path], images: Tensor, tmp_path: Path
+) -> None:
+    """Its maps are our tokens after every tapped block, none of them normed."""
+    transformers = pytest.importorskip("transformers")
+    run = finished_run(preset)
+    main(["export", str(run), "--format", "beit", "--output", str(tmp_path / "model.safetensors")])
+    backbone = transformers.BeitBackbone.from_pretrained(str(tmp_path)).eval()
+    model = load_model(run)
+    maps, hidden, expected = backbone(images).feature_maps, model.embed_whole(images), {}
+    for number, block in enumerate(model.blocks.values(), start=1):
+        hidden = expected[number] = block(hidden)
+    assert len(maps) == len(model.config.taps)
+    for tap, found in zip(model.config.taps, maps, strict=True):
+        tokens = found.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, expected[tap][:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", METHODS)
+def test_vitdet_backbone(
+    preset: str, finished_run: Callable[[str], Path], images: Tensor, tmp_path: Path
+) -> None:
+    """Its maps are those of timm's ViT of our weights without a class token."""
+    transformers = pytest.importorskip("transformers")
+    run = finished_run(preset)
+    file = tmp_path / "model.safetensors"
+    main(["export", str(run), "--format", "vitdet", "--output", str(file)])
+    backbone = transformers.VitDetBackbone.from_pretrained(str(tmp_path)).eval()
+    model = load_model(run)
+    hidden, expected = model.embed_whole(images)[:, 1:], {}
+    for number, block in enumerate(model.blocks.values(), start=1):
+        hidden = expected[number] = block(hidden)
+    for tap, found in zip(model.config.taps, backbone(images).feature_maps, strict=True):
+        tokens = found.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, expected[tap], rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--format", "vitdet", "--output", str(file)])
+
+
+@pytest.mark.parametrize("preset", METHODS)
 def test_official_names_come_back(
     preset: str, finished_run: Callable[[str], Path], tmp_path: Path
 ) -> None:

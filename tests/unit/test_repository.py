@@ -36,6 +36,7 @@ ORDER = [
     ["parallel"],
     ["checkpoint"],
     ["train"],
+    ["finetune"],
     ["evaluate"],
     ["analysis"],
     ["study"],
@@ -56,6 +57,8 @@ WITHOUT_TORCH = [
     "runs.resume",
     "runs.state",
     "train.pretrain",
+    "finetune.command",
+    "evaluate.finetune_digits",
     "plan.cost",
     "plan.hardware",
     "plan.schedule_command",
@@ -64,9 +67,10 @@ WITHOUT_TORCH = [
     "pipeline.registry",
     "analysis.commands",
     "evaluate.commands",
+    "evaluate.probe_commands",
     "data.commands",
     "checkpoint.commands",
-    "evaluate.classes",
+    "data.classes",
     "data.manifest",
     "data.open_source",
     "data.sample_plan",
@@ -126,6 +130,8 @@ NAMES = {*METHODS, *OBJECTIVES, *SCHEDULES, "cosine"}
 ALLOWED = {
     "checkpoint/commands.py": {"mae", "timm"},
     "checkpoint/export.py": {"mae", "timm"},
+    "finetune/files.py": {"timm"},
+    "finetune/transform.py": {"pixel"},  # a way to erase, of timm
 }
 
 

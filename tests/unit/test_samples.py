@@ -10,7 +10,12 @@ import pytest
 from PIL import Image
 
 from deepmim_scale.data import samples
-from deepmim_scale.data.commands import SamplesArguments, run_samples
+from deepmim_scale.data.commands import (
+    DigitsArguments,
+    SamplesArguments,
+    run_digits,
+    run_samples,
+)
 from deepmim_scale.data.folder_source import open_folder
 from deepmim_scale.data.samples import load_digits_probe, write_samples
 from deepmim_scale.errors import UserError
@@ -98,3 +103,16 @@ def test_probe_is_the_held_out_half(folder: Path) -> None:
         np.testing.assert_array_equal(images[place, 0], np.asarray(Image.open(paths[place])))
     trained = {path.name for path in (folder / "train" / "digits").iterdir()}
     assert trained.isdisjoint(path.name for path in paths)
+
+
+def test_digits_by_class(tmp_path: Path) -> None:
+    """The sample set's digits in the same parts, by their labels; a second call adds nothing."""
+    for _ in range(2):
+        run_digits(DigitsArguments(out=str(tmp_path)))
+    train, val = (sorted((tmp_path / part).rglob("*.png")) for part in ("train", "val"))
+    assert (len(train), len(val)) == (899, 898)
+    assert {path.parent.name for path in train} == set("0123456789")
+    pixels, labels = load_digits_probe()
+    first = next(path for path in val if path.stem == "0000")
+    assert first.parent.name == str(labels[0])
+    assert np.array_equal(np.asarray(Image.open(first)), pixels[0, 0])

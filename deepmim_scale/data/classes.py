@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepmim_scale.data.open_source import open_source
-from deepmim_scale.data.source import Source, good_ids
+from deepmim_scale.data.source import OnBad, Source, good_ids
 from deepmim_scale.errors import UserError
 
 
@@ -42,10 +42,10 @@ def _class_names(source: Source) -> list[str]:
     return [source.classes[label] for label in source.labels[good_ids(source)]]
 
 
-def open_classes(data: str, cache: str = "") -> Classes:
+def open_classes(data: str, cache: str = "", on_bad: OnBad = "fail") -> Classes:
     """UserError if train or val lacks classes, has a single one, or val has others than train."""
-    val = open_source(data, "val", cache=cache)
-    train = open_source(data, "train", cache=cache)
+    val = open_source(data, "val", on_bad, cache)
+    train = open_source(data, "train", on_bad, cache)
     if val is None or train is None:
         raise UserError(f"data={data}: has no val; needs {data}/train/<class> and val/<class>")
     for part in (train, val):
