@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_samples",
         "write a small sample set",
     ),
-    "data scan": ("data.commands", "ScanArguments", "run_scan", "list an image folder once"),
+    "data scan": ("data.commands", "ScanArguments", "run_scan", "list images once"),
     "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
     "evaluate digits": (
         "evaluate.commands",

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 OnBad = Literal["fail", "replace"]
 
 
