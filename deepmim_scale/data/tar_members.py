@@ -61,9 +61,9 @@ def _list_region(region: _Region, others: Counter[str], nested: str) -> Iterator
         if is_hidden(name) or entry.kind == tarfile.DIRTYPE:
             continue
         if entry.kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
-            others["link"] += 1
+            others["links"] += 1
         elif entry.kind != tarfile.REGTYPE:
-            others["special file"] += 1
+            others["special files"] += 1
         elif is_image(name):
             images.append(entry._replace(name=nested + name))
         elif extension in (".cls", ".json"):
