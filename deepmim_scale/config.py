@@ -316,8 +316,8 @@ class RunConfig(FrozenConfig):
     """Reduce gradients once per step (they stay full until then), or after every micro-batch."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """Who decodes the images."""
-    decode: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where JPEG is decoded; mixed uses the GPU (DALI)."""
+    decode: Literal["auto", "exact", "cpu", "fast", "mixed"] = "auto"
+    """How JPEG is decoded: exact or cpu with all pixels, fast at a fraction, mixed on the GPU."""
     loader_threads: Annotated[int, Field(gt=0, le=1024)] = 2
     """Decoding threads per process."""
     prefetch: Annotated[int, Field(gt=0, le=1024)] = 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,30 +44,34 @@ class Member(NamedTuple):
 
 def is_image(name: str) -> bool:
     """Whether a name ends as one of an image that folders take, too."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return name.lower().endswith(EXTENSIONS)
 
 
 def is_hidden(name: str) -> bool:
     """Whether some part of a tidy path begins with a dot; such files are skipped as in folders."""
-    return any(part.startswith(".") for part in name.split("/"))
+    return name.startswith(".") or "/." in name
 
 
 def tidy_name(name: str) -> str:
     """A member's path without empty and `.` parts. It is a label, and never opened."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
+    if name[:1] in ("/", ".") or "//" in name or "/." in name or name[-1:] == "/":
+        return "/".join(part for part in name.split("/") if part not in ("", "."))
+    return name
 
 
-def measure_range(
-    file: OpenFile, name: str, label: int | str | None, offset: int, size: int
-) -> Found:
-    """An image that lies in the file as it is; one that is too large counts as unreadable."""
+def measure_range(file: OpenFile, name: str, offset: int, size: int, head: bytes = b"") -> Found:
+    """An image that lies in the file as it is; one that is too large counts as unreadable.
+
+    `head` may be its first EDGE bytes.
+    """
     if size > MAX_BYTES:
-        return Found(name, label, offset, 0, 0, 0, 0, 0, 0, 0, 0)
-    head = file.read(offset, min(EDGE, size))
+        return Found(name, None, offset, 0, 0, 0, 0, 0, 0, 0, 0)
+    wanted = min(EDGE, size)
+    if len(head) != wanted:
+        head = file.read(offset, wanted)
     tail = head if size <= EDGE else file.read(offset + size - EDGE, EDGE)
     height, width = image_size(head, lambda: file.read(offset, size))
-    digest = join_edges(head, tail)
-    return Found(name, label, offset, size, 0, 0, size, size, digest, height, width)
+    return Found(name, None, offset, size, 0, 0, size, size, join_edges(head, tail), height, width)
 
 
 def measure_packed(

@@ -23,6 +23,7 @@ from deepmim_scale.data.container_members import (
     measure_range,
     tidy_name,
 )
+from deepmim_scale.data.header import EDGE
 from deepmim_scale.data.ranges import OpenFile
 
 BLOCK = 512
@@ -36,6 +37,8 @@ class _Entry(NamedTuple):
     name: str
     offset: int
     size: int
+    head: bytes
+    """The first bytes of its content, EDGE of them at most, or none."""
 
 
 @dataclass(frozen=True)
@@ -53,39 +56,45 @@ def list_tar(file: OpenFile, others: Counter[str]) -> Iterator[Found]:
 
 
 def _list_region(region: _Region, others: Counter[str], nested: str) -> Iterator[Found]:
-    images: list[_Entry] = []
+    images: list[Found] = []
     sidecars: dict[str, list[_Entry]] = {}
     for entry in _walk(region):
         name = tidy_name(entry.name)
-        extension = os.path.splitext(name)[1].lower()
         if is_hidden(name) or entry.kind == tarfile.DIRTYPE:
             continue
         if entry.kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             others["links"] += 1
-        elif entry.kind != tarfile.REGTYPE:
+            continue
+        if entry.kind != tarfile.REGTYPE:
             others["special files"] += 1
-        elif is_image(name):
-            images.append(entry._replace(name=nested + name))
-        elif extension in (".cls", ".json"):
-            sidecars.setdefault(_key(name), []).append(entry)
+            continue
+        if is_image(name):
+            full = nested + name
+            images.append(measure_range(region.file, full, entry.offset, entry.size, entry.head))
+            continue
+        extension = os.path.splitext(name)[1].lower()
+        if extension in (".cls", ".json"):
+            sidecars.setdefault(_key(nested + name), []).append(entry)
         elif extension == ".tar" and not nested:
             inner = _Region(region.file, entry.offset, entry.offset + entry.size)
             folder = os.path.splitext(os.path.basename(name))[0]
             yield from _list_region(inner, others, nested=f"{folder}/")
         else:
             others[extension or "no extension"] += 1
+    if not sidecars:
+        yield from images
+        return
     # Files of no image are no labels: a folder may have them for other reasons.
-    keys = {_key(image.name.removeprefix(nested)) for image in images}
-    for key in sidecars.keys() - keys:
+    for key in sidecars.keys() - {_key(image.name) for image in images}:
         for sidecar in sidecars.pop(key):
             others[os.path.splitext(sidecar.name)[1]] += 1
     for image in images:
         label, name = None, image.name
-        for sidecar in sidecars.get(_key(name.removeprefix(nested)), ()):
+        for sidecar in sidecars.get(_key(name), ()):
             found, called = _label(region.file, sidecar)
             label = found if label is None else label
             name = called or name
-        yield measure_range(region.file, name, label, image.offset, image.size)
+        yield image._replace(name=name, label=label)
 
 
 def _key(name: str) -> str:
@@ -118,8 +127,9 @@ def _walk(region: _Region) -> Iterator[_Entry]:
     """All entries in their order."""
     file, place = region.file, region.start
     while place + BLOCK <= region.end:
-        block = file.read(place, BLOCK)
-        if not any(block):
+        # Header and head at once: a scan is as fast as its system calls are few.
+        block = file.read(place, min(BLOCK + EDGE, region.end - place))
+        if block[0] == 0 and not any(block[:BLOCK]):
             return
         entry = _plain_entry(block, place)
         if entry is None:
@@ -136,7 +146,8 @@ def _walk(region: _Region) -> Iterator[_Entry]:
 
 
 def _plain_entry(block: bytes, place: int) -> _Entry | None:
-    """A header whose every field is in this block; None if tarfile should read it."""
+    """A header whose every field is in its block; None if tarfile should read it."""
+    content, block = block[BLOCK:], block[:BLOCK]
     kind = block[156:157]
     magic = block[257:265]
     if kind not in b"\x00012345" or magic not in (b"ustar\x0000", b"ustar  \x00"):
@@ -153,7 +164,8 @@ def _plain_entry(block: bytes, place: int) -> _Entry | None:
     if magic == b"ustar\x0000" and block[345]:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     kind = tarfile.REGTYPE if kind == b"\0" else kind
-    return _Entry(kind, os.fsdecode(name), place + BLOCK, size if kind == tarfile.REGTYPE else 0)
+    size = size if kind == tarfile.REGTYPE else 0
+    return _Entry(kind, os.fsdecode(name), place + BLOCK, size, content[:size])
 
 
 def _tarfile_entry(region: _Region, place: int) -> tuple[_Entry, int]:
@@ -175,5 +187,5 @@ def _tarfile_entry(region: _Region, place: int) -> tuple[_Entry, int]:
         if member.isreg():
             kind = tarfile.GNUTYPE_SPARSE if member.issparse() else tarfile.REGTYPE
         size = member.size if kind == tarfile.REGTYPE else 0
-        return _Entry(kind, member.name, place + member.offset_data, size), following
+        return _Entry(kind, member.name, place + member.offset_data, size, b""), following
     raise DamagedError(f"has a damaged header at byte {place}") from reason

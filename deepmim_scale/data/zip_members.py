@@ -56,7 +56,7 @@ def _measure(file: OpenFile, name: str, member: zipfile.ZipInfo) -> Found:
     offset = member.header_offset + LOCAL_HEADER.size + name_length + extra_length
     try:
         if member.compress_type == zipfile.ZIP_STORED:
-            return measure_range(file, name, None, offset, member.compress_size)
+            return measure_range(file, name, offset, member.compress_size)
         if member.compress_type == zipfile.ZIP_DEFLATED:
             stored, size = member.compress_size, member.file_size
             data = unpack(file.read(offset, stored), DEFLATE, size)
