@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     ),
     "data scan": ("data.commands", "ScanArguments", "run_scan", "list images once"),
     "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
+    "data pack": ("data.commands", "PackArguments", "run_pack", "write a small copy of all images"),
     "evaluate digits": (
         "evaluate.commands",
         "DigitsArguments",

@@ -39,12 +39,24 @@ def build_index(
     notes = list(notes)
     if len(kept) < len(order):
         notes.append(f"{len(order) - len(kept)} images replaced by later ones of the same name")
-    entries = np.empty(len(kept), ENTRY)
-    entries["file"] = [members[i].file for i in kept]
-    entries["label"] = [labels[i] for i in kept]
+    ordered = [members[i] for i in kept]
+    return index_of(files, classes, [labels[i] for i in kept], ordered, notes)
+
+
+def index_of(
+    files: tuple[ContainerFile, ...],
+    classes: tuple[str, ...],
+    labels: Sequence[int] | np.ndarray,
+    members: Sequence[Member],
+    notes: Sequence[str],
+) -> Index:
+    """The index of images whose order and labels are known."""
+    entries = np.empty(len(members), ENTRY)
+    entries["file"] = [member.file for member in members]
+    entries["label"] = labels
     for field in Found._fields[2:]:
-        entries[field] = [getattr(members[i].found, field) for i in kept]
-    names = [names[i] for i in kept]
+        entries[field] = [getattr(member.found, field) for member in members]
+    names = [member.name for member in members]
     sha = _sha(classes, entries["label"], names, entries["size"])
     return Index(files, classes, tuple(notes), sha, entries, Names.pack(names))
 

@@ -1,4 +1,4 @@
-"""Command line of the data: `deepmim-scale data samples DIR | scan PATH | verify PATH`."""
+"""Command line of the data: `deepmim-scale data samples | scan | verify | pack`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 
 from deepmim_scale.arguments import writable
 from deepmim_scale.errors import UserError
@@ -53,6 +54,45 @@ class VerifyArguments(FrozenConfig):
     """Decoding threads."""
     report: Annotated[str, tyro.conf.arg(name="json")] = ""
     """Also write the reports of all splits to this JSON file."""
+
+
+class PackArguments(FrozenConfig):
+    """Write a small copy of all images into one tar, under the ids that they have."""
+
+    dir: DataPath
+    """Image folder or containers, as for training."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.tar")]
+    """New tar; training takes it as --data."""
+    cache: Cache = ""
+    """Folder where the listings of PATH are."""
+    short_side: int = Field(320, ge=16)
+    """Short side of larger images in pixels; smaller ones are copied."""
+    quality: int = Field(92, ge=1, le=100)
+    """Quality of the JPEGs."""
+    threads: int = Field(2, ge=1)
+    """Decoding threads."""
+
+
+def run_pack(arguments: PackArguments) -> None:
+    """Write the copy and its index."""
+    out = Path(arguments.out)
+    if out.suffix != ".tar":
+        raise UserError(f"out={out}: must end in .tar, as what it is")
+    if out.exists():
+        raise UserError(f"out={out}: exists; name a new file")
+    writable("out", out)
+    from deepmim_scale.data.pack import pack_data
+
+    print(
+        pack_data(
+            arguments.dir,
+            out,
+            arguments.cache,
+            arguments.short_side,
+            arguments.quality,
+            arguments.threads,
+        )
+    )
 
 
 def run_samples(arguments: SamplesArguments) -> None:

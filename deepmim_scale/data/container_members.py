@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from deepmim_scale.data.header import EDGE, edge_digest, image_size, join_edges
+from deepmim_scale.data.header import HEAD, TAIL, edge_digest, image_size, join_edges
 from deepmim_scale.data.index import MAX_BYTES
 from deepmim_scale.data.manifest import EXTENSIONS
 from deepmim_scale.data.ranges import OpenFile
@@ -62,14 +62,14 @@ def tidy_name(name: str) -> str:
 def measure_range(file: OpenFile, name: str, offset: int, size: int, head: bytes = b"") -> Found:
     """An image that lies in the file as it is; one that is too large counts as unreadable.
 
-    `head` may be its first EDGE bytes.
+    `head` may be its first HEAD bytes.
     """
     if size > MAX_BYTES:
         return Found(name, None, offset, 0, 0, 0, 0, 0, 0, 0, 0)
-    wanted = min(EDGE, size)
+    wanted = min(HEAD, size)
     if len(head) != wanted:
         head = file.read(offset, wanted)
-    tail = head if size <= EDGE else file.read(offset + size - EDGE, EDGE)
+    tail = head[-TAIL:] if size <= HEAD else file.read(offset + size - TAIL, TAIL)
     height, width = image_size(head, lambda: file.read(offset, size))
     return Found(name, None, offset, size, 0, 0, size, size, join_edges(head, tail), height, width)
 
@@ -82,5 +82,5 @@ def measure_packed(
 ) -> Found:
     """An image out of a packed range; `place` is (offset, stored, codec, inner, unpacked)."""
     image = data if isinstance(data, bytes) else data()
-    height, width = image_size(image[:EDGE], lambda: image)
+    height, width = image_size(image[:HEAD], lambda: image)
     return Found(name, label, *place, len(image), edge_digest(image), height, width)

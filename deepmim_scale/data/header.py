@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image, UnidentifiedImageError
 
-EDGE = 4096  # bytes at either end that a scan reads and a digest covers
+HEAD, TAIL = 3584, 512  # bytes at the ends that a scan reads and a digest covers
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # baseline, progressive, ...
 _SCAN = 0xDA
@@ -30,8 +30,8 @@ def image_size(head: bytes, whole: Callable[[], bytes]) -> tuple[int, int]:
 
 
 def edge_digest(data: bytes) -> int:
-    """CRC-32 over the first and the last EDGE bytes: enough to see that a file is another one."""
-    return join_edges(data[:EDGE], data[-EDGE:])
+    """CRC-32 over the first HEAD and the last TAIL bytes: shows that a file is another one."""
+    return join_edges(data[:HEAD], data[-TAIL:])
 
 
 def join_edges(head: bytes, tail: bytes) -> int:

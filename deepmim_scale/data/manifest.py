@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from deepmim_scale.data.cache import MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME
-from deepmim_scale.data.header import EDGE, image_size
+from deepmim_scale.data.header import HEAD, image_size
 from deepmim_scale.data.source import name_few, printable
 from deepmim_scale.errors import UserError
 
@@ -188,7 +188,7 @@ def _header(path: str) -> tuple[int, int]:
     """Height and width from the header, 0 x 0 if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            head = file.read(EDGE)
+            head = file.read(HEAD)
             return image_size(head, lambda: head + file.read())
     except OSError:
         return 0, 0

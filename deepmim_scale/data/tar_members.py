@@ -23,7 +23,7 @@ from deepmim_scale.data.container_members import (
     measure_range,
     tidy_name,
 )
-from deepmim_scale.data.header import EDGE
+from deepmim_scale.data.header import HEAD
 from deepmim_scale.data.ranges import OpenFile
 
 BLOCK = 512
@@ -38,7 +38,7 @@ class _Entry(NamedTuple):
     offset: int
     size: int
     head: bytes
-    """The first bytes of its content, EDGE of them at most, or none."""
+    """The first bytes of its content, HEAD of them at most, or none."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _walk(region: _Region) -> Iterator[_Entry]:
     file, place = region.file, region.start
     while place + BLOCK <= region.end:
         # Header and head at once: a scan is as fast as its system calls are few.
-        block = file.read(place, min(BLOCK + EDGE, region.end - place))
+        block = file.read(place, min(BLOCK + HEAD, region.end - place))
         if block[0] == 0 and not any(block[:BLOCK]):
             return
         entry = _plain_entry(block, place)
@@ -153,9 +153,8 @@ def _plain_entry(block: bytes, place: int) -> _Entry | None:
     if kind not in b"\x00012345" or magic not in (b"ustar\x0000", b"ustar  \x00"):
         return None
     try:
-        size, checksum = (
-            int(block[a:b].strip(b" \0") or b"0", 8) for a, b in ((124, 136), (148, 156))
-        )
+        size = int(block[124:136].strip(b" \0") or b"0", 8)
+        checksum = int(block[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         return None
     if sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
