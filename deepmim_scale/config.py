@@ -255,9 +255,11 @@ class RunConfig(FrozenConfig):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Target ema: share of the teacher's weights that a step keeps."""
     data: Folder = ""
-    """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it for validation), or DIR itself."""
+    """DIR/train/<class> (DIR/val for validation), DIR itself, .tar, .zip, .parquet or many such."""
     cache: Folder = ""
     """Folder for listings of the data (default: beside the images)."""
+    stage_to: Folder = ""
+    """Folder on each node's own disk that the data are copied to first (default: no copy)."""
     output: Folder = ""
     """Folder of the run (default runs/<preset>)."""
     deepspeed_config: File = ""

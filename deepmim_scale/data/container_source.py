@@ -55,6 +55,11 @@ class ContainerSource:
         """Heights and widths, int32 [N, 2]."""
         return self.index.sizes
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all images together."""
+        return int(self.index.entries["size"].sum(dtype=np.int64))
+
     def __len__(self) -> int:
         return len(self.index)
 

@@ -55,6 +55,11 @@ class FolderSource:
         """Heights and widths, int32 [N, 2]."""
         return self.manifest.sizes
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return int(self.manifest.num_bytes.sum())
+
     def __len__(self) -> int:
         return len(self.manifest)
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +21,11 @@ from deepmim_scale.data.cache import INDEX_NAME, container_listing_folder
 from deepmim_scale.data.container_members import Member, measure_range
 from deepmim_scale.data.index import ContainerFile
 from deepmim_scale.data.open_source import open_source
+from deepmim_scale.data.ordered import map_in_order
 from deepmim_scale.data.ranges import OpenFile
 from deepmim_scale.data.source import SPLITS, Source
 from deepmim_scale.data.torch_backend import decode_image, resize
 
-AHEAD = 8  # images in work per thread
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -77,7 +75,7 @@ def _name(source: Source, sample_id: int) -> str:
 
 
 def _shrink_all(source: Source, short_side: int, quality: int, threads: int) -> Iterator[bytes]:
-    """The images in the order of their ids; AHEAD per thread are in work."""
+    """The images in the order of their ids."""
 
     def shrink(sample_id: int) -> bytes:
         if sample_id in source.bad:
@@ -90,16 +88,10 @@ def _shrink_all(source: Source, short_side: int, quality: int, threads: int) -> 
         except (OSError, BadImage):
             return b""
 
-    pending: deque[Future[bytes]] = deque()
     progress = tqdm(total=len(source), unit="img", disable=None, desc="pack")
-    with ThreadPoolExecutor(threads) as pool, progress:
-        for i in range(len(source)):
-            pending.append(pool.submit(shrink, i))
-            if len(pending) == AHEAD * threads:
-                yield pending.popleft().result()
-                progress.update()
-        for task in pending:
-            yield task.result()
+    with progress:
+        for data in map_in_order(shrink, range(len(source)), threads):
+            yield data
             progress.update()
 
 

@@ -22,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 _STEP = re.compile("step_([0-9]{8})")
 _FROM = re.compile("(step_)?([0-9]{1,8})")
 # Fields of RunConfig that are paths.
-_PATHS = ("data", "output", "deepspeed_config", "schedule_file", "cache")
+_PATHS = ("data", "output", "deepspeed_config", "schedule_file", "cache", "stage_to")
 _LOCAL_TEACHER = "local-dir:"
 
 

@@ -53,6 +53,7 @@ _FREE = frozenset(
         "feed",
         "check_feed",
         "cache",
+        "stage_to",
         "on_bad",
         "validate_every",
         "save_every",

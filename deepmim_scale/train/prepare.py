@@ -13,6 +13,7 @@ from deepmim_scale.config import RunConfig, num_steps
 from deepmim_scale.data.open_source import open_source
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import Source, good_ids
+from deepmim_scale.data.staging import stage_source
 from deepmim_scale.ds_config import (
     BatchSizes,
     bundled,
@@ -86,6 +87,10 @@ def prepare(config: RunConfig) -> PreparedRun:
     # On every rank, so that a mistake is told before any rank waits for another.
     teacher = objective_of(config.model).load_teacher(config, networks)
     objective = build_objective(config.model, teacher)
+    if config.stage_to:  # last: it may take long
+        threads = config.loader_threads
+        train = stage_source(train, "train", config.stage_to, threads)
+        validation = validation and stage_source(validation, "val", config.stage_to, threads)
     return PreparedRun(
         config,
         changes,
