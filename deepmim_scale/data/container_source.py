@@ -72,6 +72,10 @@ class ContainerSource:
         """Bytes of an image; raises OSError, also if it is not the one that was scanned."""
         return self.reader.read(sample_id)
 
+    def read_ahead(self, sample_ids: np.ndarray) -> None:
+        """Let the system fetch these images, int64 [B], while others are decoded."""
+        self.reader.read_ahead(sample_ids)
+
     def describe(self) -> str:
         """One line: number of images and classes, place, SHA."""
         return self.index.describe(self.location)

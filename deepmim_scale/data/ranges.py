@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import zlib
@@ -42,6 +43,10 @@ class OpenFile:
             data += more
         return data
 
+    def will_read(self, offset: int, size: int) -> None:
+        """Ask the system to fetch a range into its cache meanwhile."""
+        os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
 
 class RangeReader:
     """The images that `entries` (index.ENTRY [N]) point to, in the containers `paths`."""
@@ -61,6 +66,12 @@ class RangeReader:
         if edge_digest(data) != digest:
             raise OSError("changed since the scan; run `deepmim-scale data scan` again")
         return data
+
+    def read_ahead(self, sample_ids: np.ndarray) -> None:
+        """Let the system fetch these images; errors are left to `read`."""
+        for file, offset, stored, *_ in self._entries[sample_ids].tolist():
+            with contextlib.suppress(OSError):
+                self._open(self._paths[file]).will_read(offset, stored)
 
 
 def unpack(data: bytes, codec: int, size: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ from PIL import Image
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.data.choose_backend import build_backend
 from deepmim_scale.data.commands import ScanArguments, VerifyArguments, run_scan, run_verify
+from deepmim_scale.data.container_source import ContainerSource
 from deepmim_scale.data.open_source import open_source
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.samples import write_samples
@@ -245,6 +247,32 @@ def test_quarantine_of_containers(folder: Path, tmp_path: Path) -> None:
     checked = opened(path)
     assert (list(checked.bad), checked.sha) == ([3], source.sha)
     assert len(good_ids(checked)) == 49
+
+
+def test_what_is_read_next_is_announced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One micro-batch is being decoded, the next one is on its way, and no more."""
+    source = opened(write_tar(folder, tmp_path))
+    assert isinstance(source, ContainerSource)
+    announced: list[int] = []
+    places = {int(entry["offset"]): i for i, entry in enumerate(source.index.entries)}
+
+    def note(_: int, offset: int, size: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            assert source.index.entries["stored"][places[offset]] == size
+            announced.append(places[offset])
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    plan = SamplePlan(50, 5, BATCH)
+    steps = build_step_loader(CONFIG, source, plan, Share(), Span(0, 6))
+    planned = np.concatenate([plan.sample_ids(step) for step in range(6)]).tolist()
+    for i, (batch,) in enumerate(steps):
+        taken = (i + 1) * BATCH
+        assert planned[:taken][-BATCH:] == batch.sample_ids.tolist()
+        assert planned[: len(announced)] == announced
+        assert taken <= len(announced) <= taken + 3 * BATCH
+    assert announced == planned
 
 
 # A process of a run of its own, so that nothing is shared: python -c CODE PATH LOADER REPLICAS RANK
