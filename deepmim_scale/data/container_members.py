@@ -14,6 +14,9 @@ from deepmim_scale.data.ranges import OpenFile
 class DamagedError(Exception):
     """A container that cannot be listed; the message goes after its path."""
 
+    def __init__(self, problem: str, remedy: str = "copy the file again") -> None:
+        super().__init__(f"{problem}; {remedy}")
+
 
 class Found(NamedTuple):
     """One image of a container; the fields from `offset` on are those of index.ENTRY."""

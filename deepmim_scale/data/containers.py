@@ -88,7 +88,7 @@ def scan_containers(path: str, shards: list[Shard], labels: str = "") -> dict[Sp
         try:
             found = list(_list_shard(shard.path, others))
         except DamagedError as error:
-            raise UserError(f"data={path}: {shard.path} {error}; copy the file again") from error
+            raise UserError(f"data={path}: {shard.path} {error}") from error
         progress.update(len(found))
         return found, others
 

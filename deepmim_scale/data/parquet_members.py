@@ -69,8 +69,8 @@ def _find_columns(reader: Any) -> _Columns:
     leaf = next((leaf for name in images for leaf in (f"{name}.bytes", name) if leaf in leaves), "")
     if not leaf:
         raise DamagedError(
-            f"has no column of images ({' or '.join(IMAGE_COLUMNS)}); its columns are "
-            f"{', '.join(schema.names)}"
+            f"has no column of images, but {', '.join(schema.names)}",
+            f"call it {' or '.join(IMAGE_COLUMNS)}",
         )
     labels = [name for name in [*of_kind("ClassLabel"), *LABEL_COLUMNS] if name in leaves]
     return _Columns(leaf, labels[0] if labels else "")
@@ -99,7 +99,7 @@ def _list_group(
     raw = file.read(start, chunk.total_compressed_size)
     codec = {"UNCOMPRESSED": ""}.get(chunk.compression, chunk.compression.lower())
     if codec not in CODECS:
-        raise DamagedError(f"is compressed as {codec}, which is not read; use snappy, zstd or none")
+        raise DamagedError(f"is compressed as {codec}", "use snappy, zstd or none")
     places = locate_values(raw, start, CODECS.index(codec), definition > 0)
     for i, (name, label) in enumerate(zip(names, labels, strict=True)):
         row, called = f"row {first_row + i}", tidy_name(name or "")
@@ -110,6 +110,6 @@ def _list_group(
         place = places.get(fingerprint(memoryview(data)))
         if place is None:
             raise DamagedError(
-                f"stores {row} in an encoding that is not read; write it as plain bytes"
+                f"stores {row} in an encoding that is not read", "write it as plain bytes"
             )
         yield measure_packed(called, label, place, bytes(data))

@@ -106,14 +106,16 @@ def _key(name: str) -> str:
 def _label(file: OpenFile, sidecar: _Entry) -> tuple[int | str | None, str]:
     """Label and, where a .json has it, the original name of the image."""
     if sidecar.size > MAX_SIDECAR:
-        raise DamagedError(f"{sidecar.name} has {sidecar.size} bytes, too many for a label")
+        raise DamagedError(
+            f"{sidecar.name} has {sidecar.size} bytes", "it is no label; leave it out"
+        )
     text = file.read(sidecar.offset, sidecar.size)
     try:
         if sidecar.name.endswith(".cls"):
             return int(text), ""
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{sidecar.name} holds no label: {error}") from error
+        raise DamagedError(f"{sidecar.name} holds no label: {error}", "correct it") from error
     if not isinstance(fields, dict):
         return None, ""
     label = next(
