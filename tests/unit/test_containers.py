@@ -275,43 +275,47 @@ def test_what_is_read_next_is_announced(
     assert announced == planned
 
 
-# A process of a run of its own, so that nothing is shared: python -c CODE PATH LOADER REPLICAS RANK
+# A process of its own per rank: CODE FOLDERS-OF-TESTS LOADER REPLICAS RANK PATH...
 PROCESS = """
 import sys, json
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import test_containers as there
-path, loader, replicas, rank = sys.argv[3:]
-source, share = there.opened(there.Path(path)), (int(replicas), 0, 3, int(rank))
-found = there.digests(source, loader, *share)
-resumed = there.digests(source, loader, share[0], 7, *share[2:])
-print(json.dumps([found, resumed == found[7:]]))
+loader, replicas, rank = sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+seen = []
+for path in sys.argv[6:]:
+    source = there.opened(there.Path(path))
+    found = there.digests(source, loader, replicas, 0, 3, rank)
+    assert found[7:] == there.digests(source, loader, replicas, 7, 3, rank), path
+    seen.append(found)
+assert len(set(seen[0])) == len(seen[0])
+print(json.dumps([len(seen[0]), [found == seen[0] for found in seen]]))
 """
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("images", ["samples", "3000"])
-def test_processes_see_what_the_folder_gives(tmp_path: Path, images: str) -> None:
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_processes_see_what_the_folder_gives(tmp_path: Path, images: str, loader: str) -> None:
+    """Three epochs and their resumption, on 1, 2 and 4 processes, from a folder and five others."""
     folder = tmp_path / "images"
     if images == "samples":
         write_samples(folder)
     else:
-        write_images(folder, train=3000, val=30, side=200)
+        write_images(folder, train=3000, val=30, side=120)
     paths = {"folder": folder, **pack(folder, tmp_path / "packed")}
     for path in paths.values():
         run_scan(ScanArguments(dir=str(path)))
     here = Path(__file__)
-    for loader in ("torch", "dali"):
-        for replicas in (1, 2, 4):
-            seen: dict[str, list[object]] = {}
-            for kind, path in paths.items():
-                words = [sys.executable, "-c", PROCESS, str(here.parent), str(here.parents[1])]
-                words += [str(path), loader, str(replicas)]
-                processes = [
-                    subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE)
-                    for rank in range(replicas)
-                ]
-                answers = [json.loads(process.communicate()[0]) for process in processes]
-                assert all(is_resumed for _, is_resumed in answers), kind
-                seen[kind] = [found for found, _ in answers]
-            assert all(found == seen["folder"] for found in seen.values()), (loader, replicas)
-            print(f"{images}, {loader}, {replicas} processes: {len(seen)} sources equal")
+    for replicas in (1, 2, 4):
+        command = [sys.executable, "-c", PROCESS, str(here.parent), str(here.parents[1]), loader]
+        ranks = [
+            subprocess.Popen(
+                [*command, str(replicas), str(rank), *map(str, paths.values())],
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(replicas)
+        ]
+        for rank in ranks:
+            count, equal = json.loads(rank.communicate()[0])
+            assert equal == [True] * len(paths), dict(zip(paths, equal, strict=True))
+            print(f"{images}, {loader}, {replicas} processes: {count} steps, {len(equal)} sources")
