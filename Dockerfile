@@ -12,6 +12,6 @@ ENV PATH=/opt/venv/bin:$PATH OMP_NUM_THREADS=1
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cu126 "torch<2.15" torchvision
 WORKDIR /src
 COPY . .
-RUN pip install --no-cache-dir ".[sample,plots,clip,dali-cuda12]"
+RUN pip install --no-cache-dir ".[sample,plots,clip,parquet,dali-cuda12]"
 WORKDIR /work
 CMD ["deepmim-scale", "--help"]

@@ -23,7 +23,7 @@ setup-all: .venv/.setup-all
 	touch $@
 
 .venv/.setup-all: .venv/.setup
-	$(PIP) $(PINS) -e '.[sample,plots,clip,hf,dali-cuda12,dev]'
+	$(PIP) $(PINS) -e '.[sample,plots,clip,hf,parquet,dali-cuda12,dev]'
 	touch $@
 
 pretrain: setup

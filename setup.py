@@ -15,7 +15,7 @@ setup(
         "deepmim_kernels": "kernels/deepmim_kernels",
     },
     package_data={
-        "deepmim_scale": ["py.typed"],
+        "deepmim_scale": ["py.typed", "data/*.c"],
         "deepmim_scale.ds_configs": ["*.json"],
         "deepmim_kernels": ["py.typed"],
     },

@@ -2,8 +2,7 @@
 
 Each measurement is a process of its own on `--cores` cores (its threads or workers number the
 same), with one warm-up epoch; the rounds go through all loaders in turn, so that a change of the
-machine's load meets all. All loaders decode, crop at random (area 0.2 to 1), resize bicubic with
-antialiasing to 224 and mirror; `uint8` and `float` say what they hand over (float: normalized).
+machine's load meets all. `uint8` and `float` say what they hand over (float: normalized).
 
     python benchmarks/loader_speed.py --cores 2 --rounds 5 --json loader_speed.json
     python benchmarks/loader_speed.py --training quickstart    # wait share inside training
@@ -12,148 +11,152 @@ antialiasing to 224 and mirror; `uint8` and `float` say what they hand over (flo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-SIZE, BATCH, EPOCHS = 224, 50, 3
+from rival_loaders import BATCH, RIVALS, SIZE, Epoch, Job
+
+EPOCHS = 3
 
 
-def torch_backend(data: Path, cores: int) -> Callable[[], Iterator[int]]:
-    """Our CPU default: threads in this process."""
-    return _ours(data, cores, "torch", False)
+def folder(job: Job) -> Epoch:
+    """Our CPU default: threads in this process, on a folder."""
+    return _ours(job.data, job)
 
 
-def torch_backend_float(data: Path, cores: int) -> Callable[[], Iterator[int]]:
+def normalized(job: Job) -> Epoch:
     """The same with normalization to float32, which kernels do for us."""
-    return _ours(data, cores, "torch", True)
+    return _ours(job.data, job, is_normalized=True)
 
 
-def dali_cpu(data: Path, cores: int) -> Callable[[], Iterator[int]]:
+def whole(job: Job) -> Epoch:
+    """Without the compiled file: whole images are decoded, by torchcodec or torchvision."""
+    from deepmim_scale.data import jpeg_region
+
+    jpeg_region._library = lambda: None
+    return _ours(job.data, job)
+
+
+def fast(job: Job) -> Epoch:
+    """--decode fast."""
+    return _ours(job.data, job, decode="fast")
+
+
+def in_container(suffix: str) -> Callable[[Job], Epoch]:
+    """The same files in one container, with its index."""
+    return lambda job: _ours(job.work / f"images{suffix}", job)
+
+
+def dali(job: Job) -> Epoch:
     """DALI, CPU pipeline, driven by the sample plan."""
-    return _ours(data, cores, "dali", False)
+    return _ours(job.data, job, loader="dali")
 
 
-def dali_mixed(data: Path, cores: int) -> Callable[[], Iterator[int]]:
+def dali_mixed(job: Job) -> Epoch:
     """DALI decoding on the GPU; uint8 on the GPU."""
-    return _ours(data, cores, "dali", False, "cuda")
+    return _ours(job.data, job, loader="dali", decode="mixed", device="cuda")
 
 
 def _ours(
-    data: Path, cores: int, loader: Literal["torch", "dali"], normalized: bool, device: str = "cpu"
-) -> Callable[[], Iterator[int]]:
+    data: Path,
+    job: Job,
+    loader: Literal["torch", "dali"] = "torch",
+    decode: Literal["exact", "fast", "mixed"] = "exact",
+    is_normalized: bool = False,
+    device: str = "cpu",
+) -> Epoch:
     import torch
 
     from deepmim_scale.config import RunConfig
+    from deepmim_scale.data import torch_backend
     from deepmim_scale.data.choose_backend import build_backend
-    from deepmim_scale.data.folder_source import open_folder
+    from deepmim_scale.data.open_source import open_source
     from deepmim_scale.data.sample_plan import SamplePlan
     from deepmim_scale.data.step_loader import Share, Span, build_step_loader
     from deepmim_scale.images import normalize
 
-    config = RunConfig(loader_threads=cores)
-    source = open_folder(data)
+    torch_backend.CACHE_BYTES = 0  # data sets do not fit into memory
+    config = RunConfig(loader_threads=job.cores)
+    source = open_source(str(data), "train")
+    assert source is not None, "a source raises where there is nothing to train on"
     plan = SamplePlan(len(source), 0, BATCH)
 
     def epoch() -> Iterator[int]:
-        backend, _ = build_backend(
-            config,
-            source,
-            BATCH,
-            torch.device(device),
-            loader,
-            "mixed" if device == "cuda" else "cpu",
+        where = torch.device(device)
+        backend, _ = build_backend(config, source, BATCH, where, loader, decode)
+        span = Span(0, plan.steps_per_epoch)
+        steps = build_step_loader(
+            config, source, plan, Share(), span, backend=backend, device=where
         )
-        step_loader = build_step_loader(
-            config,
-            source,
-            plan,
-            Share(),
-            Span(0, plan.steps_per_epoch),
-            backend=backend,
-            device=torch.device(device),
-        )
-        for (batch,) in step_loader:
-            images = normalize(batch.images) if normalized else batch.images
+        for (batch,) in steps:
+            images = normalize(batch.images) if is_normalized else batch.images
             yield len(images)
 
     return epoch
 
 
-def torchvision_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
-    """ImageFolder (PIL) and DataLoader with one worker per core: the official code's way."""
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
-
-    from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    loader = DataLoader(
-        datasets.ImageFolder(str(data), transform),
-        BATCH,
-        shuffle=True,
-        num_workers=cores,
-        drop_last=True,
-        persistent_workers=True,
-    )
-    return lambda: (len(images) for images, _ in loader)
-
-
-def timm_loader(data: Path, cores: int) -> Callable[[], Iterator[int]]:
-    """timm's loader: uint8 between processes, normalized in the main one."""
-    import torch
-    from timm.data import create_dataset, create_loader
-
-    loader = create_loader(
-        create_dataset("", root=str(data)),
-        (3, SIZE, SIZE),
-        BATCH,
-        is_training=True,
-        scale=(0.2, 1.0),
-        interpolation="bicubic",
-        num_workers=cores,
-        persistent_workers=True,
-        device=torch.device("cpu"),
-    )
-    return lambda: (len(images) for images, _ in loader)
-
-
-LOADERS = {
-    "torch": torch_backend,
-    "torch-float": torch_backend_float,
-    "dali-cpu": dali_cpu,
-    "dali-mixed": dali_mixed,
-    "torchvision": torchvision_loader,
-    "timm": timm_loader,
+OURS: dict[str, tuple[Callable[[Job], Epoch], str]] = {
+    "folder": (folder, ""),
+    "tar": (in_container(".tar"), ""),
+    "zip": (in_container(".zip"), ""),
+    "parquet": (in_container(".parquet"), "pyarrow"),
+    "whole": (whole, ""),
+    "fast": (fast, ""),
+    "packed": (in_container(".packed.tar"), ""),
+    "float": (normalized, ""),
+    "dali-cpu": (dali, "nvidia.dali"),
+    "dali-mixed": (dali_mixed, "nvidia.dali"),
 }
-HANDS_OVER = {"torchvision": "float", "timm": "float", "torch-float": "float"}
+LOADERS = OURS | RIVALS
+FLOATS = ("float", "torchvision", "torchvision-v2", "torchcodec", "timm", "webdataset", "spdl")
 
 
-def measure(name: str, data: Path, cores: int) -> dict[str, float]:
+def write_containers(job: Job) -> None:
+    """The images in every container, scanned, and packed."""
+    path = job.work / "images"
+    with tarfile.open(path.with_suffix(".tar"), "w") as tar:
+        tar.add(job.data, "images")
+    files = sorted(file for file in job.data.rglob("*") if file.is_file())
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
+        for file in files:
+            archive.write(file, str(file.relative_to(job.data)))
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow
+        from pyarrow import parquet
+
+        kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+        rows = [{"bytes": f.read_bytes(), "path": str(f.relative_to(job.data))} for f in files]
+        table = pyarrow.table({"image": pyarrow.array(rows, kind)})
+        parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=100)
+    packed = str(path.with_suffix(".packed.tar"))
+    commands = [["pack", str(job.data), packed, "--threads", str(job.cores)]]
+    commands += [["scan", str(path.with_suffix(end))] for end in (".tar", ".zip", ".parquet")]
+    for command in commands:
+        if command[0] == "pack" or Path(command[1]).exists():
+            words = [sys.executable, "-m", "deepmim_scale.cli", "data", *command]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+
+def measure(name: str, job: Job) -> dict[str, float]:
     """Images/s and CPU ms per image over EPOCHS epochs after a warm one."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.cores])
     import torch
 
     torch.set_num_threads(1)
-    epoch = LOADERS[name](data, cores)
+    epoch = LOADERS[name][0](job)
     sum(epoch())
     began, cpu_before = time.perf_counter(), _cpu_seconds()
     count = sum(sum(epoch()) for _ in range(EPOCHS))
@@ -170,8 +173,8 @@ def _cpu_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def write_photos(folder: Path, count: int = 300) -> None:
-    """JPEGs of 500 x 375, quality 92, cut from scikit-image's free photographs."""
+def write_photos(folder: Path, count: int, width: int, height: int) -> None:
+    """JPEGs of quality 92, cut from scikit-image's free photographs."""
     import numpy as np
     import skimage.data
     from PIL import Image
@@ -182,56 +185,91 @@ def write_photos(folder: Path, count: int = 300) -> None:
         name = names[i % len(names)]
         photo = Image.fromarray(getattr(skimage.data, name)())
         side = generator.uniform(0.5, 1.0)
-        height = int(min(photo.height, photo.width * 0.75) * side)
-        width = height * 4 // 3
-        top = int(generator.integers(0, photo.height - height + 1))
-        left = int(generator.integers(0, photo.width - width + 1))
-        region = photo.crop((left, top, left + width, top + height)).resize((500, 375))
+        tall = int(min(photo.height, photo.width * 0.75) * side)
+        wide = tall * 4 // 3
+        top = int(generator.integers(0, photo.height - tall + 1))
+        left = int(generator.integers(0, photo.width - wide + 1))
+        region = photo.crop((left, top, left + wide, top + tall)).resize((width, height))
         (folder / name).mkdir(parents=True, exist_ok=True)
         region.save(folder / name / f"{i:03}.jpg", quality=92)
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """Run all loaders in turn and print a table of medians."""
+def can_run(name: str) -> bool:
+    """Whether what the loader needs is installed."""
     import torch
 
-    names = arguments.loaders or [
-        name for name in LOADERS if name != "dali-mixed" or torch.cuda.is_available()
-    ]
+    module = LOADERS[name][1]
+    is_there = not module or importlib.util.find_spec(module.split(".")[0]) is not None
+    return is_there and (name != "dali-mixed" or torch.cuda.is_available())
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run all loaders in turn and print a table of medians."""
+    names = arguments.loaders or list(LOADERS)
+    left_out = [name for name in names if not can_run(name)]
+    names = [name for name in names if name not in left_out]
     with tempfile.TemporaryDirectory() as temporary:
-        data = Path(arguments.data or temporary)
+        data = Path(arguments.data or f"{temporary}/images")
+        job = Job(data, Path(temporary), arguments.cores)
         if not arguments.data:
-            write_photos(data)
+            width, height = map(int, arguments.size.split("x"))
+            write_photos(data, arguments.images, width, height)
+        write_containers(job)
         results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(arguments.rounds):
             for name in names:
                 command = [sys.executable, __file__, "--measure", name, "--data", str(data)]
-                command += ["--cores", str(arguments.cores)]
+                command += ["--cores", str(arguments.cores), "--work", temporary]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
                 output = subprocess.check_output(command, env=environment, text=True)
                 results[name].append(json.loads(output.splitlines()[-1]))
-    medians = {
-        name: {key: statistics.median(entry[key] for entry in rounds) for key in rounds[0]}
-        for name, rounds in results.items()
-    }
     print(
-        f"{arguments.cores} cores, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}, "
-        f"torch {version('torch')}, torchvision {version('torchvision')}"
+        f"{arguments.size}, {arguments.cores} cores, {arguments.rounds} rounds, "
+        f"load {os.getloadavg()[0]:.1f}, torch {version('torch')}, "
+        f"torchvision {version('torchvision')}; not installed: {', '.join(left_out) or 'none'}"
     )
-    print("loader       hands over   img/s    slowest..fastest  CPU ms/img  / torchvision")
-    print("(medians; the ratio is the median of the rounds' ratios)")
-    for name, row in medians.items():
-        speeds = [entry["images_per_second"] for entry in results[name]]
-        row |= {"slowest": min(speeds), "fastest": max(speeds)}
-        line = "{:12} {:10} {images_per_second:7.1f} {slowest:10.1f}..{fastest:<8.1f} {cpu_ms:8.2f}"
-        line = line.format(name, HANDS_OVER.get(name, "uint8"), **row)
-        if base := results.get("torchvision"):
-            pairs = zip(speeds, base, strict=True)
-            ratio = statistics.median(mine / theirs["images_per_second"] for mine, theirs in pairs)
-            line += f"  {ratio:11.2f}"
-        print(line)
+    medians = print_table(results)
+    ours = "folder" if "folder" in medians else names[0]
+    print_cores(ours, medians[ours]["cpu_ms"], arguments.gpu, arguments.mfu)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(medians, indent=1) + "\n", encoding="utf-8")
+
+
+def print_table(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """A row per loader; its medians."""
+    print("loader         hands over   img/s    slowest..fastest   CPU ms/img  torchvision's / its")
+    print("(medians; the ratios, of images/s and of CPU time, are medians of the rounds' ratios)")
+    table = {}
+    for name, rounds in results.items():
+        row = {key: statistics.median(entry[key] for entry in rounds) for key in rounds[0]}
+        speeds = [entry["images_per_second"] for entry in rounds]
+        row |= {"slowest": min(speeds), "fastest": max(speeds)}
+        line = "{:14} {:10} {images_per_second:7.1f} {slowest:10.1f}..{fastest:<8.1f} {cpu_ms:9.2f}"
+        line = line.format(name, "float" if name in FLOATS else "uint8", **row)
+        if base := results.get("torchvision"):
+            pairs = list(zip(rounds, base, strict=True))
+            speed = [a["images_per_second"] / b["images_per_second"] for a, b in pairs]
+            cpu = [b["cpu_ms"] / a["cpu_ms"] for a, b in pairs]
+            row |= {"speed_ratio": statistics.median(speed), "cpu_ratio": statistics.median(cpu)}
+            line += "  x{speed_ratio:.2f} img/s, x{cpu_ratio:.2f} CPU".format(**row)
+        print(line)
+        table[name] = row
+    return table
+
+
+def print_cores(loader: str, cpu_ms: float, gpu: str, utilization: float) -> None:
+    """How many cores a node of eight GPUs keeps busy with decoding, for each preset."""
+    from deepmim_scale.plan.cost import model_cost
+    from deepmim_scale.plan.hardware import GPUS, lookup
+    from deepmim_scale.presets import PRESETS, load_preset
+
+    node_flops = 8 * lookup("gpu", gpu, GPUS).peak_tflops * 1e12 * utilization
+    print(f"8 x {gpu} at MFU {utilization:g}, loader {loader} at {cpu_ms:.2f} CPU ms per image:")
+    for preset in PRESETS:
+        config = load_preset(preset).model
+        if config.img_size == SIZE:
+            speed = node_flops / model_cost(config).executed.training_flops
+            print(f"  {preset:24} {speed:8.0f} images/s {1e-3 * cpu_ms * speed:7.1f} cores")
 
 
 def training(preset: str, data: str, cores: int) -> None:
@@ -280,15 +318,21 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="", help="class folders of images; default: written here")
+    parser.add_argument("--size", default="500x375", help="width x height of those written here")
+    parser.add_argument("--images", type=int, default=300, help="how many are written")
+    parser.add_argument("--gpu", default="h100-80g", help="for the table of cores")
+    parser.add_argument("--mfu", type=float, default=0.4, help="for the table of cores")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loaders", nargs="*", choices=LOADERS, help="default: all that can run")
     parser.add_argument("--json", default="", help="write the table here")
     parser.add_argument("--training", metavar="PRESET", help="measure the wait inside training")
     parser.add_argument("--measure", choices=LOADERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, Path(arguments.data), arguments.cores)))
+        job = Job(Path(arguments.data), Path(arguments.work), arguments.cores)
+        print(json.dumps(measure(arguments.measure, job)))
     elif arguments.training:
         training(arguments.training, arguments.data, arguments.cores)
     else:

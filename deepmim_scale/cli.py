@@ -43,8 +43,9 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_digits",
         "write the sample set's digits by class",
     ),
-    "data scan": ("data.commands", "ScanArguments", "run_scan", "list an image folder once"),
+    "data scan": ("data.commands", "ScanArguments", "run_scan", "list images once"),
     "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
+    "data pack": ("data.commands", "PackArguments", "run_pack", "write a small copy of all images"),
     "evaluate digits": (
         "evaluate.commands",
         "DigitsArguments",

@@ -256,9 +256,11 @@ class RunConfig(FrozenConfig):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Target ema: share of the teacher's weights that a step keeps."""
     data: Folder = ""
-    """Image folder: DIR/train/<class>/*.jpg (DIR/val beside it for validation), or DIR itself."""
+    """DIR/train/<class> (DIR/val for validation), DIR itself, .tar, .zip, .parquet or many such."""
     cache: Folder = ""
     """Folder for listings of the data (default: beside the images)."""
+    stage_to: Folder = ""
+    """Folder on each node's own disk that the data are copied to first (default: no copy)."""
     output: Folder = ""
     """Folder of the run (default runs/<preset>)."""
     deepspeed_config: File = ""
@@ -326,8 +328,8 @@ class RunConfig(FrozenConfig):
     the end of the step, or after every micro-batch, so that only shards are kept."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """Who decodes the images."""
-    decode: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where JPEG is decoded; mixed uses the GPU (DALI)."""
+    decode: Literal["auto", "exact", "cpu", "fast", "mixed"] = "auto"
+    """How JPEG is decoded: exact or cpu with all pixels, fast at a fraction, mixed on the GPU."""
     loader_threads: Annotated[int, Field(gt=0, le=1024)] = 2
     """Decoding threads per process."""
     prefetch: Annotated[int, Field(gt=0, le=1024)] = 2

@@ -1,6 +1,7 @@
-"""Where the listings of an image folder lie: beside the images, or in a cache folder.
+"""Where the listings of a data set lie: beside the images, or in a cache folder.
 
-A cache holds one folder per image folder, so that one cache serves many data sets.
+A cache holds one folder per data set, so that one cache serves many. Listings of containers lie in
+a folder per split, beside the containers as `PATH.index/SPLIT`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import re
 from pathlib import Path
 
 from deepmim_scale.arguments import writable
+from deepmim_scale.data.source import Split
 from deepmim_scale.errors import UserError
 
 MANIFEST_NAME = "manifest.npz"
+INDEX_NAME = "index.npz"
 QUARANTINE_NAME = "quarantine.txt"
 REPORT_NAME = "verify.json"
 
@@ -43,3 +46,23 @@ def listing_folder(folder: Path, cache: str) -> Path:
     if Path(os.path.realpath(cache)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"cache={cache}: lies inside {folder}; name a folder outside")
     return writable("cache", cached_folder(folder, cache) / MANIFEST_NAME).parent
+
+
+def find_container_listing(path: str, split: Split, cache: str, name: str) -> Path:
+    """The file `name` of a split of containers: the cache's if it is there, else the one beside."""
+    cached = cached_folder(Path(path), cache) / split / name if cache else None
+    return cached if cached and cached.exists() else _beside(path) / split / name
+
+
+def container_listing_folder(path: str, split: Split, cache: str) -> Path:
+    """Where listings of a split of containers are written; UserError if that cannot be."""
+    folder = (cached_folder(Path(path), cache) if cache else _beside(path)) / split
+    if not cache and not os.access(folder.parent.parent, os.W_OK):
+        raise UserError(
+            f"dir={path}: {folder.parent.parent} is not writable; give --cache DIR for the index"
+        )
+    return writable("cache", folder / INDEX_NAME).parent
+
+
+def _beside(path: str) -> Path:
+    return Path(f"{os.path.abspath(path)}.index")

@@ -9,20 +9,24 @@ from typing import Literal
 import torch
 
 from deepmim_scale.config import RunConfig
-from deepmim_scale.data import torch_backend
+from deepmim_scale.data import jpeg_region, torch_backend
 from deepmim_scale.data.backend import Backend
 from deepmim_scale.data.source import Source
 from deepmim_scale.errors import UserError
 
+Loader = Literal["auto", "torch", "dali"]
+Decode = Literal["auto", "exact", "cpu", "fast", "mixed"]
+
 
 def choose_loader(
-    loader: Literal["auto", "torch", "dali"],
-    decode: Literal["auto", "cpu", "mixed"],
+    loader: Loader,
+    decode: Decode,
     device: torch.device,
 ) -> tuple[str, str, str]:
-    """Loader (`torch` or `dali`), decoder (`cpu` or `mixed`), and one line that says why.
+    """Loader (`torch` or `dali`), decoder (`cpu`, `fast` or `mixed`), and one line that says why.
 
-    Raises UserError if DALI is asked for but not installed, or `mixed` without DALI and a GPU.
+    Raises UserError if DALI is asked for but not installed, or for `fast`, or `mixed` without DALI
+    and a GPU.
     """
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if loader == "dali" and not has_dali:
@@ -32,17 +36,25 @@ def choose_loader(
         )
     on_gpu = device.type == "cuda"
     chosen = ("dali" if has_dali and on_gpu else "torch") if loader == "auto" else loader
+    if decode == "fast":
+        if loader == "dali":
+            raise UserError("decode=fast: DALI cannot decode at a fraction; use --loader torch")
+        if not jpeg_region.is_available():
+            raise UserError(
+                "decode=fast: needs a C compiler and libjpeg-turbo's headers (Debian: "
+                "libjpeg-turbo8-dev or libjpeg62-turbo-dev, Conda: libjpeg-turbo); install them "
+                "or use --decode exact"
+            )
+        return "torch", "fast", "loader torch (decode fast): JPEG at a fraction on CPU threads"
     if decode == "mixed" and not (chosen == "dali" and on_gpu):
         raise UserError(f"decode=mixed: needs --loader dali and a GPU, got {chosen} on {device}")
     if chosen == "torch":
         missing = "DALI is not installed" if on_gpu else "no GPU"
         why = missing if loader == "auto" else "asked for"
-        return (
-            "torch",
-            "cpu",
-            f"loader torch ({why}): JPEG by {torch_backend.jpeg_decoder()[0]} on CPU threads",
-        )
-    where = decode
+        regions = "libjpeg-turbo, regions only," if jpeg_region.is_available() else ""
+        decoder = regions or torch_backend.jpeg_decoder()[0]
+        return "torch", "cpu", f"loader torch ({why}): JPEG by {decoder} on CPU threads"
+    where = "mixed" if decode == "mixed" else "cpu"
     if decode == "auto":
         # A100 and later decode JPEG in hardware; on V100 nvJPEG would compete with training.
         where = "mixed" if on_gpu and torch.cuda.get_device_capability(device) >= (8, 0) else "cpu"
@@ -56,8 +68,8 @@ def build_backend(
     source: Source,
     batch: int,
     device: torch.device,
-    loader: Literal["auto", "torch", "dali"] = "auto",
-    decode: Literal["auto", "cpu", "mixed"] = "auto",
+    loader: Loader = "auto",
+    decode: Decode = "auto",
     prefetch: int = 2,
 ) -> tuple[Backend, str]:
     """The run's backend and the line that says why it was chosen; `batch` is B.
@@ -69,7 +81,7 @@ def build_backend(
     if chosen == "torch":
         stream = functools.partial(
             torch_backend.stream,
-            read_image=torch_backend.image_reader(source),
+            read_image=torch_backend.image_reader(source, size if where == "fast" else 0),
             size=size,
             threads=threads,
             prefetch=prefetch,

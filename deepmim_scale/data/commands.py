@@ -1,4 +1,4 @@
-"""Command line of the data: `deepmim-scale data samples DIR | scan DIR | verify DIR`."""
+"""Command line of the data: `deepmim-scale data samples | scan | verify | pack`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from pydantic import Field
 
 from deepmim_scale.arguments import writable
 from deepmim_scale.errors import UserError
 from deepmim_scale.settings import FrozenConfig
 
-# A folder of images, in every command alike.
-ImageFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+# A folder of images or containers, in every command alike.
+DataPath = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Cache = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
@@ -34,12 +35,16 @@ class DigitsArguments(FrozenConfig):
 
 
 class ScanArguments(FrozenConfig):
-    """List an image folder and save its manifest, so that training starts at once."""
+    """List images and save the list, so that training starts at once."""
 
-    dir: ImageFolder
-    """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
+    dir: DataPath
+    """Image folder (PATH/train/<class> and PATH/val/<class>, or PATH itself), .tar, .zip
+    or .parquet file, or a folder of such files."""
     cache: Cache = ""
-    """Folder for the manifests (default: beside the images)."""
+    """Folder for the lists (default: beside the images)."""
+    labels: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Classes of images that lie flat in containers: lines NAME CLASS, or ILSVRC's development kit
+    (found by itself beside the containers)."""
 
 
 class VerifyArguments(FrozenConfig):
@@ -48,8 +53,9 @@ class VerifyArguments(FrozenConfig):
     Exit code 1 if there are unreadable ones.
     """
 
-    dir: ImageFolder
-    """Image folder: DIR/train/<class> and DIR/val/<class>, or DIR itself."""
+    dir: DataPath
+    """Image folder (PATH/train/<class> and PATH/val/<class>, or PATH itself), .tar, .zip
+    or .parquet file, or a folder of such files."""
     cache: Cache = ""
     """Folder for the lists of bad files (default: beside the images)."""
     threads: int = 2
@@ -69,6 +75,45 @@ def run_digits(arguments: DigitsArguments) -> None:
         print(f"{out / split}: {len(digits.labels)} digits")
 
 
+class PackArguments(FrozenConfig):
+    """Write a small copy of all images into one tar, under the ids that they have."""
+
+    dir: DataPath
+    """Image folder or containers, as for training."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.tar")]
+    """New tar; training takes it as --data."""
+    cache: Cache = ""
+    """Folder where the listings of PATH are."""
+    short_side: int = Field(320, ge=16)
+    """Short side of larger images in pixels; smaller ones are copied."""
+    quality: int = Field(92, ge=1, le=100)
+    """Quality of the JPEGs."""
+    threads: int = Field(2, ge=1)
+    """Decoding threads."""
+
+
+def run_pack(arguments: PackArguments) -> None:
+    """Write the copy and its index."""
+    out = Path(arguments.out)
+    if out.suffix != ".tar":
+        raise UserError(f"out={out}: must end in .tar, as what it is")
+    if out.exists():
+        raise UserError(f"out={out}: exists; name a new file")
+    writable("out", out)
+    from deepmim_scale.data.pack import pack_data
+
+    print(
+        pack_data(
+            arguments.dir,
+            out,
+            arguments.cache,
+            arguments.short_side,
+            arguments.quality,
+            arguments.threads,
+        )
+    )
+
+
 def run_samples(arguments: SamplesArguments) -> None:
     """Write the sample set, or say that it is there."""
     try:
@@ -83,32 +128,25 @@ def run_samples(arguments: SamplesArguments) -> None:
 
 
 def run_scan(arguments: ScanArguments) -> None:
-    """Write each split's manifest.npz and print what it lists."""
-    from deepmim_scale.data.cache import MANIFEST_NAME
-    from deepmim_scale.data.manifest import scan_folder
+    """Write the listing of each split and print what is in it."""
+    from deepmim_scale.data.open_source import find_kind
 
-    for folder, listings in _split_folders(arguments.dir, arguments.cache):
-        manifest = scan_folder(folder)
-        manifest.save(listings / MANIFEST_NAME)
-        for line in (manifest.describe(), *manifest.notes):
-            print(line)
-        unreadable = int((manifest.sizes[:, 0] == 0).sum())
-        if unreadable:
-            command = f"deepmim-scale data verify {arguments.dir}"
-            print(f"{unreadable} headers cannot be read; run `{command}`")
+    scan = find_kind(arguments.dir).scan
+    for line in scan(arguments.dir, arguments.cache, arguments.labels) if scan else ():
+        print(line)
 
 
 def run_verify(arguments: VerifyArguments) -> None:
-    """Check each split's folder; training never uses the files in its quarantine.txt."""
+    """Check each split; training never uses the files in its quarantine.txt."""
     if arguments.threads < 1:
         raise UserError(f"threads={arguments.threads}: must be positive; one per CPU core is best")
     if arguments.report:
         writable("json", arguments.report)
+    from deepmim_scale.data.open_source import find_kind
     from deepmim_scale.data.source import printable
-    from deepmim_scale.data.verify import verify_folder
 
-    folders = _split_folders(arguments.dir, arguments.cache)
-    reports = [verify_folder(folder, arguments.threads, listings) for folder, listings in folders]
+    verify = find_kind(arguments.dir).verify
+    reports = verify(arguments.dir, arguments.cache, arguments.threads) if verify else []
     for report in reports:
         counts = "{good} of {images} images good, {unreadable} unreadable, {damaged} damaged"
         print(f"{printable(report['folder'])}: {counts.format(**report)}")
@@ -118,12 +156,3 @@ def run_verify(arguments: VerifyArguments) -> None:
         Path(arguments.report).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     if any(report["unreadable"] for report in reports):
         sys.exit(1)
-
-
-def _split_folders(data: str, cache: str) -> list[tuple[Path, Path]]:
-    """The folder of each split, and where its listings are written; UserError if they cannot."""
-    from deepmim_scale.data.cache import listing_folder
-    from deepmim_scale.data.folder_source import find_split
-
-    folders = [find_split(data, "train"), find_split(data, "val")]
-    return [(folder, listing_folder(folder, cache)) for folder in folders if folder]

@@ -14,7 +14,7 @@ import torch
 
 from deepmim_scale.data.backend import Backend, BadImage, DecodeRequest
 from deepmim_scale.data.sample_plan import SamplePlan, crops, flips
-from deepmim_scale.data.source import OnBad, Source, printable
+from deepmim_scale.data.source import OnBad, ReadsAhead, Source, printable
 
 
 class DecodeJob(NamedTuple):
@@ -69,6 +69,8 @@ class DecodeStream:
             step, ids = self._jobs(number)
             if self.bad:
                 ids = np.array([self._good(step, int(i)) for i in ids])
+            if isinstance(self._source, ReadsAhead):
+                self._source.read_ahead(ids)
             yield self._request(step, ids)
 
     def _request(self, step: int, ids: np.ndarray) -> DecodeRequest:

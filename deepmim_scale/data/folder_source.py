@@ -6,17 +6,18 @@ on which files are bad.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from deepmim_scale.data.cache import MANIFEST_NAME, QUARANTINE_NAME, find_listing
+from deepmim_scale.data.cache import MANIFEST_NAME, QUARANTINE_NAME, find_listing, listing_folder
 from deepmim_scale.data.manifest import Manifest, load_manifest, scan_folder
-from deepmim_scale.data.source import OnBad, Split, name_few
+from deepmim_scale.data.quarantine import known_bad
+from deepmim_scale.data.source import SPLITS, OnBad, Split
 from deepmim_scale.errors import UserError
 
 
@@ -53,6 +54,11 @@ class FolderSource:
     def sizes(self) -> np.ndarray:
         """Heights and widths, int32 [N, 2]."""
         return self.manifest.sizes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return int(self.manifest.num_bytes.sum())
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -109,35 +115,44 @@ def open_folder(root: str | Path, on_bad: OnBad = "fail", cache: str = "") -> Fo
     root = Path(root)
     saved = find_listing(root, cache, MANIFEST_NAME)
     manifest = load_manifest(root, saved) if saved.exists() else scan_folder(root)
-    listed = find_listing(root, cache, QUARANTINE_NAME)
-    quarantine = read_quarantine(listed)
-    bad = {i: quarantine[name] for i, name in enumerate(manifest.names) if name in quarantine}
-    notes = list(manifest.notes)
-    if bad:
-        notes.append(f"{len(bad)} quarantined images are not used ({listed})")
-    no_header = [int(i) for i in np.flatnonzero(manifest.sizes[:, 0] == 0) if i not in bad]
-    if no_header:
-        names = name_few([manifest.names[i] for i in no_header])
-        if on_bad == "fail":
-            flag = f" --cache {cache}" if cache else ""
-            raise UserError(
-                f"data={root}: {len(no_header)} unreadable images: {names}; "
-                f"run `deepmim-scale data verify {root}{flag}` or use --on-bad replace"
+    flag = f" --cache {cache}" if cache else ""
+    bad, notes = known_bad(
+        str(root),
+        manifest.names,
+        manifest.sizes,
+        find_listing(root, cache, QUARANTINE_NAME),
+        on_bad,
+        f"data verify {root}{flag}",
+    )
+    return FolderSource(manifest, bad, (*manifest.notes, *notes))
+
+
+def scan(path: str, cache: str, labels: str) -> list[str]:
+    """Write the manifest of every split; what there is to say about them, one line each."""
+    if labels:
+        raise UserError(f"labels={labels}: {path} is a folder, whose names are its classes")
+    lines = []
+    for folder, listings in _split_folders(path, cache):
+        manifest = scan_folder(folder)
+        manifest.save(listings / MANIFEST_NAME)
+        lines += [manifest.describe(), *manifest.notes]
+        unreadable = int((manifest.sizes[:, 0] == 0).sum())
+        if unreadable:
+            lines.append(
+                f"{unreadable} headers cannot be read; run `deepmim-scale data verify {path}`"
             )
-        notes.append(f"{len(no_header)} unreadable images are not used: {names}")
-        bad |= dict.fromkeys(no_header, "the header cannot be read")
-    if len(bad) == len(manifest):
-        raise UserError(f"data={root}: all {len(bad)} images are bad; see {listed}")
-    return FolderSource(manifest, bad, tuple(notes))
+    return lines
 
 
-def read_quarantine(path: Path) -> dict[str, str]:
-    """What `data verify` found bad: name below the folder -> reason; empty if it never ran."""
-    if not path.exists():
-        return {}
-    lines = (line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line)
-    # An image's name ends in an extension, so a quote at the end is JSON's.
-    return {
-        json.loads(name) if name.endswith('"') else name: " ".join(reason)
-        for name, *reason in lines
-    }
+def verify(path: str, cache: str, threads: int) -> list[dict[str, Any]]:
+    """Decode every image of every split once; the reports (verify.verify_images)."""
+    from deepmim_scale.data.verify import verify_folder
+
+    folders = _split_folders(path, cache)
+    return [verify_folder(folder, threads, listings) for folder, listings in folders]
+
+
+def _split_folders(data: str, cache: str) -> list[tuple[Path, Path]]:
+    """The folder of each split, and where its listings are written; UserError if they cannot."""
+    folders = [find_split(data, split) for split in SPLITS]
+    return [(folder, listing_folder(folder, cache)) for folder in folders if folder]

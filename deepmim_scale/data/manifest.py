@@ -18,10 +18,10 @@ from os.path import exists, isdir, realpath
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from deepmim_scale.data.cache import MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME
+from deepmim_scale.data.header import HEAD, image_size
 from deepmim_scale.data.source import name_few, printable
 from deepmim_scale.errors import UserError
 
@@ -166,8 +166,7 @@ def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
     walk(str(root), "", ())
     notes = []
     if others:
-        counts = (f"{count} {printable(extension)}" for extension, count in others.most_common(5))
-        notes.append(f"files of other kinds ignored: {', '.join(counts)}")
+        notes.append(describe_others(others))
     if links:
         notes.append(f"{len(links)} broken or circular links left out: {name_few(links)}")
     if not found:
@@ -175,15 +174,23 @@ def list_images(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
             f"data={root}: no images; found {sum(map(isdir, _entries(root)))} folders and "
             f"{'; '.join(notes) or 'no other files'}; images end in {' '.join(EXTENSIONS)}"
         )
-    return sorted(found), notes
+    # By class and then by name, as in every container; "a-b/" sorts before "a/".
+    return sorted(found, key=lambda entry: entry[0].split("/", 1)), notes
+
+
+def describe_others(others: Counter[str]) -> str:
+    """Extensions and counts of what is no image, in words."""
+    counts = (f"{count} {printable(extension)}" for extension, count in others.most_common(5))
+    return f"files of other kinds ignored: {', '.join(counts)}"
 
 
 def _header(path: str) -> tuple[int, int]:
     """Height and width from the header, 0 x 0 if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            return image_size(head, lambda: head + file.read())
+    except OSError:
         return 0, 0
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from deepmim_scale.data import folder_source
+from deepmim_scale.data import container_source, folder_source
 from deepmim_scale.data.source import OnBad, Source, Split
 
 
@@ -17,10 +18,27 @@ class SourceKind:
     """Whether a path is of this kind, by its name or its first bytes."""
     open: Callable[[str, Split, OnBad, str], Source | None]
     """(path, split, on_bad, cache) -> source; None if the path has no such split."""
+    scan: Callable[[str, str, str], list[str]] | None = None
+    """(path, cache, labels) -> lines; writes listings. None: there is nothing to list."""
+    verify: Callable[[str, str, int], list[dict[str, Any]]] | None = None
+    """(path, cache, threads) -> a report per split; writes quarantines. None: nothing to check."""
 
 
 # The first kind that accepts a path opens it. Folders come last: their messages serve any path.
-KINDS = [SourceKind(accepts=lambda path: True, open=folder_source.open_split)]
+KINDS = [
+    SourceKind(
+        accepts=container_source.is_container,
+        open=container_source.open_split,
+        scan=container_source.scan,
+        verify=container_source.verify,
+    ),
+    SourceKind(
+        accepts=lambda path: True,
+        open=folder_source.open_split,
+        scan=folder_source.scan,
+        verify=folder_source.verify,
+    ),
+]
 
 
 def register_source(kind: SourceKind) -> None:
@@ -34,5 +52,9 @@ def open_source(path: str, split: Split, on_bad: OnBad = "fail", cache: str = ""
     `cache` is a folder for listings ("": beside the images). Raises UserError if the data cannot
     be used, or, with on_bad `fail`, if headers are unreadable.
     """
-    kind = next(kind for kind in KINDS if kind.accepts(path))
-    return kind.open(path, split, on_bad, cache)
+    return find_kind(path).open(path, split, on_bad, cache)
+
+
+def find_kind(path: str) -> SourceKind:
+    """The first kind that accepts `path`."""
+    return next(kind for kind in KINDS if kind.accepts(path))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 OnBad = Literal["fail", "replace"]
 
 
@@ -57,6 +58,14 @@ class Source(Protocol):
 
     def describe(self) -> str:
         """One line: number of images and classes, place, SHA."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can use knowing what will be read soon."""
+
+    def read_ahead(self, sample_ids: np.ndarray) -> None:
+        """These samples, int64 [B], will be read next; returns at once and never raises."""
 
 
 def good_ids(source: Source) -> np.ndarray:

@@ -1,30 +1,44 @@
-"""Decode, crop and resize on CPU threads: torchcodec or torchvision for JPEG, PIL for the rest.
+"""Decode, crop and resize on CPU threads, the part of a JPEG that is needed and no more.
 
-The pixels are those of PIL's convert("RGB"), crop and bicubic resize, up to rounding.
+libjpeg-turbo decodes regions where it could be compiled (jpeg_region); torchcodec or torchvision
+decode whole JPEGs, PIL the rest. The pixels are those of PIL's convert("RGB"), crop and bicubic
+resize, up to rounding.
 Legend: B images, S side of the output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from deepmim_scale.data.backend import BadImage, DecodeRequest
+from deepmim_scale.data.jpeg_region import decode_region
 from deepmim_scale.data.source import Source
 
 EXIF_WITHIN = 4096  # bytes from the start of the file
 
 CACHE_BYTES = 256 * 1024**2  # decoded images of a set up to this size stay in memory
 
-# Sample id -> RGB, uint8 [H, W, 3]. Called on the decoding threads; raises BadImage by name.
-ReadImage = Callable[[int], np.ndarray]
+DIVISORS = (8, 4, 2)  # of a JPEG's size, in which it can be decoded
+
+
+class ReadImage(Protocol):
+    """Reads and decodes samples; called on the decoding threads. Raises BadImage by name."""
+
+    def __call__(self, sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
+        """RGB, uint8 [H, W, 3]: the image or the pixels of its box (top, left, height, width).
+
+        A reader for `fast` decoding may give a box that is resized to [S, S, 3] already.
+        """
 
 
 @functools.cache
@@ -58,19 +72,80 @@ def decode_image(data: bytes) -> np.ndarray:
         raise BadImage(_reason(error)) from error
 
 
-def image_reader(source: Source) -> ReadImage:
-    """Reads and decodes samples of `source`; images of a small set stay in memory."""
+def image_reader(source: Source, fast_size: int = 0) -> ReadImage:
+    """Reads and decodes samples of `source`; images of a small set stay in memory.
 
-    def read_image(sample_id: int) -> np.ndarray:
-        try:
+    With `fast_size` = S, JPEGs are decoded at 1/2, 1/4 or 1/8 where a box keeps S pixels a side,
+    and only otherwise with all their pixels.
+    """
+    sizes = source.sizes
+
+    def read_whole(sample_id: int) -> np.ndarray:
+        with _named(source, sample_id):
             return decode_image(source.read(sample_id))
-        except OSError as error:
-            raise BadImage(f"{source.name(sample_id)}: {error.strerror or error}") from error
-        except BadImage as error:
-            raise BadImage(f"{source.name(sample_id)}: {error}") from error
 
-    num_pixels = int(source.sizes.astype(np.int64).prod(axis=1).sum())
-    return read_image if 3 * num_pixels > CACHE_BYTES else functools.cache(read_image)
+    def read_image(sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
+        if box is None:
+            return read_whole(sample_id)
+        with _named(source, sample_id):
+            data = source.read(sample_id)
+            full_size = tuple(sizes[sample_id].tolist())
+            pixels = decode_fast(data, full_size, box, fast_size) if fast_size else None
+            if pixels is None:
+                pixels = decode_region(data, full_size, tuple(box.tolist()))
+            return cut(decode_image(data), box) if pixels is None else pixels
+
+    num_pixels = int(sizes.astype(np.int64).prod(axis=1).sum())
+    if 3 * num_pixels > CACHE_BYTES or fast_size:
+        return read_image
+    read_cached = functools.cache(read_whole)
+
+    def read_from_memory(sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
+        image = read_cached(sample_id)
+        return image if box is None else cut(image, box)
+
+    return read_from_memory
+
+
+@contextlib.contextmanager
+def _named(source: Source, sample_id: int) -> Iterator[None]:
+    """Errors of reading and decoding say which sample it was."""
+    try:
+        yield
+    except OSError as error:
+        raise BadImage(f"{source.name(sample_id)}: {error.strerror or error}") from error
+    except BadImage as error:
+        raise BadImage(f"{source.name(sample_id)}: {error}") from error
+
+
+def decode_fast(
+    data: bytes, full_size: tuple[int, int], box: np.ndarray, size: int
+) -> np.ndarray | None:
+    """The box of a JPEG, decoded at a fraction and resized by PIL to [S, S, 3].
+
+    PIL takes boxes that lie between the pixels of the small image. None if there is no fraction
+    that leaves S pixels a side, or another decoder must take the image.
+    """
+    top, left, height, width = box.tolist()
+    divisor = next((d for d in DIVISORS if min(height, width) >= d * size), 1)
+    if divisor == 1:
+        return None
+    first_row, first_column = top // divisor, left // divisor
+    rows = -(-(top + height) // divisor) - first_row
+    columns = -(-(left + width) // divisor) - first_column
+    region = decode_region(data, full_size, (first_row, first_column, rows, columns), divisor)
+    if region is None:
+        return None
+    corner = (left / divisor - first_column, top / divisor - first_row)
+    within = (*corner, corner[0] + width / divisor, corner[1] + height / divisor)
+    image = Image.fromarray(region).resize((size, size), Image.Resampling.BICUBIC, within)
+    return np.asarray(image)
+
+
+def cut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The box (top, left, height, width) of an image [H, W, 3]."""
+    top, left, height, width = box.tolist()
+    return image[top : top + height, left : left + width]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -80,13 +155,6 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     out = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return out[0].permute(1, 2, 0).numpy()
-
-
-def crop(image: np.ndarray, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """Cut box (top, left, height, width), resize to [S, S, 3], mirror if `flip`."""
-    top, left, height, width = box.tolist()
-    out = resize(image[top : top + height, left : left + width], size, size)
-    return out[:, ::-1] if flip else out
 
 
 def center(image: np.ndarray, size: int) -> np.ndarray:
@@ -131,8 +199,8 @@ def start(
     """
 
     def make(i: int) -> np.ndarray:
-        image = read_image(int(request.ids[i]))
-        return crop(image, request.boxes[i], request.flips[i], size)
+        out = resize(read_image(int(request.ids[i]), request.boxes[i]), size, size)
+        return out[:, ::-1] if request.flips[i] else out
 
     return _start(make, len(request.ids), size, threads)
 

@@ -1,4 +1,4 @@
-"""Decode every image of a folder once and list the bad ones, which training then replaces.
+"""Decode every image of a data set once and list the bad ones, which training then replaces.
 
 A header check misses truncation and flipped bits: only a full decode shows them, and flipped bits
 only as a warning that libjpeg writes to stderr, so that is captured.
@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,29 @@ Finding = tuple[str, str, str]  # name, "unreadable" or "damaged", reason
 
 
 def verify_folder(root: Path, threads: int, results: Path | None = None) -> dict[str, Any]:
-    """Check all images; writes verify.json and quarantine.txt, returns the report.
-
-    They go into the folder `results` (default: beside the images). An interrupted check goes on
-    where it stopped, as long as the files are the same.
-    """
-    results = results or root
+    """Check all images of a folder; the results lie beside them if `results` is not given."""
     listing, _ = list_images(root)
     names, sha = [name for name, _ in listing], listing_sha(listing)
+
+    def read(i: int) -> bytes:
+        return (root / names[i]).read_bytes()
+
+    return verify_images(str(root), names, sha, read, threads, results or root)
+
+
+def verify_images(
+    location: str,
+    names: Sequence[str],
+    sha: str,
+    read: Callable[[int], bytes],
+    threads: int,
+    results: Path,
+) -> dict[str, Any]:
+    """Check all images; writes verify.json and quarantine.txt into `results`, returns the report.
+
+    `read` gives the bytes of image i and may raise OSError. An interrupted check goes on where it
+    stopped, as long as `sha` is the same.
+    """
     state = results / STATE_NAME
     done, bad = _resume(state, sha)
     with (
@@ -47,16 +62,16 @@ def verify_folder(root: Path, threads: int, results: Path | None = None) -> dict
         tqdm(total=len(names), initial=done, unit="img", disable=None) as progress,
     ):
         for start in range(done, len(names), CHUNK):
-            chunk = names[start : start + CHUNK]
-            found = _check_chunk(root, chunk, pool)
+            chunk = range(start, min(start + CHUNK, len(names)))
+            found = _check_chunk(names, read, chunk, pool)
             bad += found
-            print(json.dumps({"sha": sha, "done": start + len(chunk), "bad": found}), file=log)
+            print(json.dumps({"sha": sha, "done": chunk.stop, "bad": found}), file=log)
             log.flush()
             progress.update(len(chunk))
             progress.set_postfix(bad=len(bad))
     kinds = Counter(kind for _, kind, _ in bad)
     report = {
-        "folder": str(root),
+        "folder": location,
         "sha": sha,
         "images": len(names),
         "good": len(names) - len(bad),
@@ -84,26 +99,28 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
-def _check_chunk(root: Path, names: list[str], pool: ThreadPoolExecutor) -> list[Finding]:
+def _check_chunk(
+    names: Sequence[str], read: Callable[[int], bytes], chunk: range, pool: ThreadPoolExecutor
+) -> list[Finding]:
     with captured_stderr() as text:
-        reasons = list(pool.map(lambda name: _unreadable(root / name), names))
+        reasons = list(pool.map(lambda i: _unreadable(read, i), chunk))
         warned = bool(text())
     found: list[Finding] = []
-    for name, reason in zip(names, reasons, strict=True):
+    for i, reason in zip(chunk, reasons, strict=True):
         if reason:
-            found.append((name, "unreadable", reason))
+            found.append((names[i], "unreadable", reason))
         elif warned:  # somebody's warning: this file's?
             with captured_stderr() as text:
-                _unreadable(root / name)
+                _unreadable(read, i)
                 lines = text().splitlines()
             if lines:
-                found.append((name, "damaged", lines[0]))
+                found.append((names[i], "damaged", lines[0]))
     return found
 
 
-def _unreadable(path: Path) -> str | None:
+def _unreadable(read: Callable[[int], bytes], i: int) -> str | None:
     try:
-        decode_image(path.read_bytes())
+        decode_image(read(i))
     except OSError as error:
         return error.strerror or str(error)
     except BadImage as error:

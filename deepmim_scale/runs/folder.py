@@ -25,7 +25,15 @@ FINE_TUNED = "finetune"
 _STEP = re.compile("step_([0-9]{8})")
 _FROM = re.compile("(step_)?([0-9]{1,8})")
 # Fields of RunConfig that are paths.
-_PATHS = ("data", "output", "deepspeed_config", "schedule_file", "cache", "init_from")
+_PATHS = (
+    "data",
+    "output",
+    "deepspeed_config",
+    "schedule_file",
+    "cache",
+    "stage_to",
+    "init_from",
+)
 _LOCAL_TEACHER = "local-dir:"
 
 

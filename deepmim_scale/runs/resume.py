@@ -55,6 +55,7 @@ _FREE = frozenset(
         "feed",
         "check_feed",
         "cache",
+        "stage_to",
         "on_bad",
         "validate_every",
         "save_every",

@@ -13,6 +13,7 @@ from deepmim_scale.config import RunConfig, num_steps
 from deepmim_scale.data.open_source import open_source
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import Source, good_ids
+from deepmim_scale.data.staging import stage_source
 from deepmim_scale.ds_config import (
     BatchSizes,
     bundled,
@@ -104,6 +105,10 @@ def prepare(config: RunConfig) -> PreparedRun:
         from deepmim_scale.checkpoint.initial import initial_weights
 
         initial = initial_weights(config)
+    if config.stage_to:  # last: it may take long
+        threads = config.loader_threads
+        train = stage_source(train, "train", config.stage_to, threads)
+        validation = validation and stage_source(validation, "val", config.stage_to, threads)
     return PreparedRun(
         config,
         changes,

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.save import save_checkpoint
 from deepmim_scale.config import ModelConfig, num_steps
 from deepmim_scale.data.choose_backend import build_backend
+from deepmim_scale.data.source import Source
 from deepmim_scale.data.step_loader import (
     FeedOptions,
     Share,
@@ -29,6 +30,7 @@ from deepmim_scale.data.step_loader import (
     build_step_loader,
     iter_validation,
 )
+from deepmim_scale.data.watched_source import WatchedSource
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.methods import decoder_names, losses_of
@@ -60,6 +62,7 @@ class Trainer:
     def __init__(self, prepared: PreparedRun, device: torch.device) -> None:
         self.prepared, self.device = prepared, device
         self.config, self.samples = prepared.config, prepared.samples
+        self.source = WatchedSource(prepared.train)
         self.total_steps = num_steps(prepared.config, self.samples.steps_per_epoch)
         self.progress = Progress(is_main=dist.get_rank() == 0)
         self.start = find_start(prepared, self.total_steps)
@@ -104,6 +107,8 @@ class Trainer:
             with self._profiler() as profiler:
                 for batches in loader:
                     row, applied = self.train_step(batches, loader.wait_seconds)
+                    reading = self.source.report(self.step, loader.wait_seconds)
+                    row = row and row | reading
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
                         raise RunFailure(
@@ -129,9 +134,10 @@ class Trainer:
     def build_loader(self) -> StepLoader:
         """The images of all steps that are left."""
         config, batch = self.config, self.prepared.batch
+        source = cast(Source, self.source)
         backend, reason = build_backend(
             config,
-            self.prepared.train,
+            source,
             batch.microbatch_size,
             self.device,
             config.loader,
@@ -143,7 +149,7 @@ class Trainer:
         group = make_group(self.grid.pipe_groups) if config.stages > 1 else None
         return build_step_loader(
             config,
-            self.prepared.train,
+            source,
             self.samples,
             Share(self.dp_rank, batch.num_replicas, batch.microbatches),
             Span(self.step, self.total_steps - self.step),

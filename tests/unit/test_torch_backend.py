@@ -21,6 +21,7 @@ from deepmim_scale.data.sample_plan import crops, flips
 from deepmim_scale.data.torch_backend import (
     ReadImage,
     center,
+    cut,
     decode_image,
     decode_whole,
     image_reader,
@@ -40,7 +41,11 @@ class Photos(NamedTuple):
 
 
 def reader(paths: list[str]) -> ReadImage:
-    return lambda sample_id: decode_image(Path(paths[sample_id]).read_bytes())
+    def read_image(sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
+        image = decode_image(Path(paths[sample_id]).read_bytes())
+        return image if box is None else cut(image, box)
+
+    return read_image
 
 
 def request_for(paths: list[str], heights: np.ndarray, widths: np.ndarray) -> Photos:

@@ -231,14 +231,14 @@ def test_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         picture(seed=i).save(tmp_path / f"{i}.jpg")
     (tmp_path / "1.jpg").write_bytes(b"")
     monkeypatch.setattr(verify, "CHUNK", 2)
-    checked: list[str] = []
+    checked: list[int] = []
     honest = verify._unreadable
 
-    def counting(path: Path) -> str | None:
+    def counting(read: Callable[[int], bytes], i: int) -> str | None:
         if len(checked) == 6:
             raise KeyboardInterrupt
-        checked.append(path.name)
-        return honest(path)
+        checked.append(i)
+        return honest(read, i)
 
     with monkeypatch.context() as patch:
         patch.setattr(verify, "_unreadable", counting)
@@ -246,9 +246,9 @@ def test_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             verify_folder(tmp_path, threads=1)
     assert not (tmp_path / "verify.json").exists()
     checked.clear()
-    monkeypatch.setattr(verify, "_unreadable", lambda path: checked.append(path.name))
+    monkeypatch.setattr(verify, "_unreadable", lambda read, i: checked.append(i))
     report = verify_folder(tmp_path, threads=1)
-    assert checked == ["6.jpg", "7.jpg", "8.jpg"]
+    assert checked == [6, 7, 8]
     assert [finding["file"] for finding in report["bad"]] == ["1.jpg"]
     picture(90, 90).save(tmp_path / "0.jpg")  # other files: all over again
     checked.clear()
