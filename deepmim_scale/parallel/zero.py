@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepmim_scale.ds_config import precision_of
-from deepmim_scale.errors import UserError
 from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer
 from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.parallel.stages import global_parameters
@@ -403,16 +402,3 @@ def load_scaler_state(engine: Engine, state: dict[str, float]) -> None:
     """Inverse of `scaler_state`."""
     for key, value in state.items():
         setattr(engine.optimizer.loss_scaler, key, value)
-
-
-def check_apex() -> None:
-    """UserError unless NVIDIA apex can be imported (PyPI's `apex` is another project)."""
-    import importlib.util
-
-    if importlib.util.find_spec("apex") is None:
-        raise UserError("optimizer=apex: NVIDIA apex is not installed; use --optimizer adamw")
-    if importlib.util.find_spec("apex.optimizers") is None:
-        raise UserError(
-            "optimizer=apex: the apex that is installed is PyPI's web toolkit, not NVIDIA's; "
-            "uninstall it, or use --optimizer adamw"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,9 +162,18 @@ def check_machine(ds_config: dict[str, Any], given: str, optimizer: str) -> None
             f"deepspeed_config={given}: float16 needs a GPU; use ds_configs/cpu_fp32.json"
         )
     if optimizer == "apex":
-        from deepmim_scale.parallel.zero import check_apex
+        _check_apex()
 
-        check_apex()
+
+def _check_apex() -> None:
+    """UserError unless NVIDIA apex can be imported (PyPI's `apex` is another project)."""
+    if importlib.util.find_spec("apex") is None:
+        raise UserError("optimizer=apex: NVIDIA apex is not installed; use --optimizer adamw")
+    if importlib.util.find_spec("apex.optimizers") is None:
+        raise UserError(
+            "optimizer=apex: the apex that is installed is PyPI's web toolkit, not NVIDIA's; "
+            "uninstall it, or use --optimizer adamw"
+        )
 
 
 def _check_kernels(config: RunConfig) -> None:
