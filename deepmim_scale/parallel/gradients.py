@@ -7,13 +7,17 @@ Legend: D replicas, N values of a group with its padding, n = N / D values of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+VECTOR = 16
+"""fp32 values that a CPU handles at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,27 @@ class GradientReducer:
             self._shards[number].add_(shard)
         else:
             self._shards[number] = shard.float()
+
+
+@contextlib.contextmanager
+def padded_groups(
+    module: nn.Module, optimizer: torch.optim.Optimizer, num_replicas: int
+) -> Iterator[None]:
+    """Fill each parameter group up, so that every shard is a multiple of VECTOR values.
+
+    Fused AdamW rounds what is left beyond whole vectors in another way on a CPU, and bits would
+    depend on how a model is cut into stages. DeepSpeed wants every parameter to be the module's
+    while it is set up.
+    """
+    names = []
+    for number, group in enumerate(optimizer.param_groups):
+        parameters: list[nn.Parameter] = group["params"]
+        rest = -sum(p.numel() for p in parameters) % (VECTOR * num_replicas)
+        if rest:
+            names.append(f"padding{number}")
+            fill = nn.Parameter(parameters[0].new_zeros(rest))
+            module.register_parameter(names[-1], fill)
+            parameters.append(fill)
+    yield
+    for name in names:
+        delattr(module, name)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepmim_scale.ds_config import precision_of
-from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer
+from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer, padded_groups
 from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.pipeline.ir import Reduction
@@ -49,8 +49,6 @@ from deepspeed.utils import (
 
 Engine = Any  # a deepspeed.DeepSpeedEngine, which has no types
 MOMENTS = ("exp_avg", "exp_avg_sq")
-VECTOR = 16
-"""fp32 values that a CPU handles at once, at most."""
 _COMMUNICATION = {"bfloat16": "bf16", "float16": "fp16"}
 # Keys of our JSON that DeepSpeed does not read, or reads in a way that fails: with float16 its
 # torch_autocast scales by a GradScaler that neither lowers its scale on overflow nor is voted.
@@ -146,7 +144,7 @@ def build_engine(
         settings.setdefault("communication_data_type", _COMMUNICATION[precision])
     if precision == "pure_float16":
         settings["fp16"] = {"hysteresis": 1} | settings["fp16"]  # one overflow halves the scale
-    with _padded(module, optimizer, len(counts)), _without_muon():
+    with padded_groups(module, optimizer, len(counts)), _without_muon():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, mpu=grid, config=settings
         )
@@ -187,30 +185,6 @@ def build_engine(
     if isinstance(scaler, DynamicLossScaler):
         scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, and says so
     return engine
-
-
-@contextlib.contextmanager
-def _padded(
-    module: nn.Module, optimizer: torch.optim.Optimizer, num_replicas: int
-) -> Iterator[None]:
-    """Fill each parameter group up, so that every shard is a multiple of VECTOR values.
-
-    Fused AdamW rounds what is left beyond whole vectors in another way on a CPU, and bits would
-    depend on how a model is cut into stages. DeepSpeed wants every parameter to be the module's
-    while it is set up.
-    """
-    names = []
-    for number, group in enumerate(optimizer.param_groups):
-        parameters: list[nn.Parameter] = group["params"]
-        rest = -sum(p.numel() for p in parameters) % (VECTOR * num_replicas)
-        if rest:
-            names.append(f"padding{number}")
-            fill = nn.Parameter(parameters[0].new_zeros(rest))
-            module.register_parameter(names[-1], fill)
-            parameters.append(fill)
-    yield
-    for name in names:
-        delattr(module, name)
 
 
 @contextlib.contextmanager
