@@ -201,6 +201,8 @@ def _bubble_candidates(problem: SchedulingProblem, split: bool) -> Iterator[Cand
     levels = [(stages,) * stages]
     if not quick:
         levels.append((max(stages - 1, 1),) * stages)
+    if problem.memory_limit is not None and not quick:
+        levels += [(most,) * stages for most in range(1, stages)]
     if any(problem.durations.transfer.values()):
         levels.append(tuple(most + stages for most in _falling(pipeline)))
     in_flights = dict.fromkeys([_falling(pipeline), *levels])

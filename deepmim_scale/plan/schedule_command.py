@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from pydantic import Field
 
 from deepmim_scale.config import MAX_MICROBATCHES, ModelConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.methods.base import Placement
+from deepmim_scale.pipeline.bound import least_idle_fraction
 from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem, simulated
 from deepmim_scale.pipeline.compatibility import check_combination
 from deepmim_scale.pipeline.draw import draw_gantt, write_trace
@@ -57,6 +60,8 @@ class ScheduleArguments(FrozenConfig):
     """B, images of a micro-batch (default: the preset's)."""
     gpu: str = "a100-80g"
     """Whose rate turns FLOPs into milliseconds."""
+    memory_limit: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Activation memory that a search may use, as a share of 1F1B's."""
     network: str = ""
     """Add the time of transfers over this network (default: transfers take no time)."""
     json_path: JsonPath = ""
@@ -90,12 +95,16 @@ def schedule(args: ScheduleArguments) -> None:
         assert count is not None, "a schedule that is not read has its micro-batches given"
         return SchedulingProblem(pipeline, count, durations(split_backward), memory)
 
+    baseline = build_schedule(BASELINE, problem(split_backward=False))
     if given is not None:
         built = simulated(given, problem(given.style.split_backward))
     else:
         split = find_schedule(args.schedule).split_backward
-        built = build_schedule(args.schedule, problem(split))
-    baseline = build_schedule(BASELINE, problem(split_backward=False))
+        limit = int(args.memory_limit * max(baseline.peaks))
+        built = build_schedule(args.schedule, replace(problem(split), memory_limit=limit))
+        if max(built.peaks) > limit:
+            share = max(built.peaks) / max(baseline.peaks)
+            print(f"warning: memory_limit={args.memory_limit:g}: {share:.2f} is the least found")
     speedup = baseline.timeline.makespan / built.timeline.makespan
     _report(args, built, memory, int(gpu.memory_gib * 2**30))
     text = format_layout(layout, model)
@@ -106,10 +115,15 @@ def schedule(args: ScheduleArguments) -> None:
         f"idle {built.timeline.idle_fraction:.1%}, {speedup:.2f} times {BASELINE}"
     )
     print(title)
+    style = built.schedule.style
+    least = least_idle_fraction(
+        built.schedule.pipeline, num_microbatches, durations(style.split_backward), style
+    )
+    print(f"no order of these instructions is idle for less than {least:.1%}")
     for rank, (idle, peak) in enumerate(zip(built.timeline.idle, built.peaks, strict=True)):
         print(f"rank {rank}: idle {idle:6.1%}, activations {peak / 2**20:8.1f} MiB")
     if args.json_path:
-        Path(args.json_path).write_text(json.dumps(_to_json(built, speedup, text), indent=1))
+        Path(args.json_path).write_text(json.dumps(_to_json(built, speedup, text, least), indent=1))
     if args.picture:
         draw_gantt(built.timeline, args.picture, title)
     if args.trace:
@@ -164,7 +178,7 @@ def _report(args: ScheduleArguments, built: BuiltSchedule, memory: Any, limit: i
         )
 
 
-def _to_json(built: BuiltSchedule, speedup: float, layout: str) -> dict[str, Any]:
+def _to_json(built: BuiltSchedule, speedup: float, layout: str, least: float) -> dict[str, Any]:
     content = schedule_to_json(built.schedule)
     for rank, entry in enumerate(content["ranks"]):
         entry["idle_fraction"] = built.timeline.idle[rank]
@@ -173,5 +187,6 @@ def _to_json(built: BuiltSchedule, speedup: float, layout: str) -> dict[str, Any
         "layout": layout,
         "makespan": built.timeline.makespan,
         "idle_fraction": built.timeline.idle_fraction,
+        "least_idle_fraction": least,
         "speedup_over_1f1b": speedup,
     }

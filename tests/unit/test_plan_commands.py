@@ -50,6 +50,22 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "best: data parallelism alone, ideally overlapped, --stages 1" in capsys.readouterr().out
 
 
+def test_memory_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ViT-B/48 in 8 stages at half of 1F1B's activations; less than any order needs is told."""
+    words = "schedule --preset deepmim_vit_b_48 --taps even:8 --stages 8 --microbatches 8"
+    peaks = {}
+    for name, limit in (("1f1b", "1"), ("dib_w", "0.5"), ("dib_w", "0.01")):
+        file = tmp_path / "s.json"
+        run(*words.split(), "--schedule", name, "--memory-limit", limit, "--json", str(file))
+        report = json.loads(file.read_text())
+        peaks[name, limit] = max(rank["peak_activation_bytes"] for rank in report["ranks"])
+        told = capsys.readouterr().out
+        assert ("warning: memory_limit=0.01" in told) == (limit == "0.01")
+        if limit == "0.5":
+            assert report["idle_fraction"] <= report["least_idle_fraction"] + 0.01
+    assert peaks["dib_w", "0.01"] < peaks["dib_w", "0.5"] <= 0.5 * peaks["1f1b", "1"]
+
+
 def test_schedule_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     run(
@@ -74,6 +90,9 @@ def test_schedule_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["layout"] == "3d|3d|3d|3d"
     assert report["speedup_over_1f1b"] >= 0.97 * 1.32
+    least = report["least_idle_fraction"]
+    assert least == pytest.approx(0.032, abs=0.001)
+    assert least <= report["idle_fraction"] <= least + 0.01
     assert len(report["ranks"]) == 4
     idle = [rank["idle_fraction"] for rank in report["ranks"]]
     assert sum(idle) / 4 == pytest.approx(report["idle_fraction"])

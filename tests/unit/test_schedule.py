@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepmim_scale.methods.base import Placement
+from deepmim_scale.pipeline.bound import least_makespan
 from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem
 from deepmim_scale.pipeline.files import instructions_to_json
 from deepmim_scale.pipeline.ir import Durations, Instruction, Kind, Payload, Pipeline, Schedule
@@ -61,7 +62,11 @@ def test_linear_schedules_are_legal(
     name: str, decoders: list[bool], num_microbatches: int, seed: int, transfer: float, local: bool
 ) -> None:
     pipeline = Pipeline(len(decoders), tuple(decoders), local_gradients=local)
-    validate(make(name, pipeline, num_microbatches, seed, transfer).schedule)
+    made = make(name, pipeline, num_microbatches, seed, transfer)
+    validate(made.schedule)
+    times = times_of(len(decoders), made.schedule.style.split_backward, seed, transfer)
+    least = least_makespan(pipeline, num_microbatches, times, made.schedule.style)
+    assert least <= made.timeline.makespan * (1 + 1e-9), "no order ends below the bound"
 
 
 @settings(max_examples=40, deadline=None)
