@@ -31,6 +31,7 @@ from deepmim_scale.config import RunConfig
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.grid import make_group
 from deepmim_scale.parallel.p2p import Channels
+from deepmim_scale.plan import timing
 from deepmim_scale.plan.resolve import training_plan
 from deepmim_scale.presets import load_preset
 from deepmim_scale.train.prepare import prepare
@@ -130,7 +131,9 @@ def small_run(folder: Path) -> RunConfig:
 
 def count_step(config: RunConfig) -> dict[str, Any]:
     """Operators and host waits of one step, after a few that warm up."""
-    trainer = Trainer(prepare(config), zero.init_processes(config.timeout))
+    # As many pieces of gradients as ViT-B has at its own widths.
+    with mock.patch.object(timing, "PIECE_PARAMETERS", 1):
+        trainer = Trainer(prepare(config), zero.init_processes(config.timeout))
     batches = iter(trainer.build_loader())
     for _ in range(WARMUP_STEPS):
         trainer.train_step(next(batches), 0.0)

@@ -17,6 +17,13 @@ from deepmim_scale.plan.partition import Layout, partition
 
 MAX_PIECES = 6
 """Of a part of a stage whose gradients are summed one after another."""
+PIECE_PARAMETERS = 4_000_000
+"""A piece has at least so many (8 MB in 16 bits): each costs a few launches and messages."""
+
+
+def num_pieces(num_units: int, num_parameters: int) -> int:
+    """Pieces of a part of so many blocks or decoders."""
+    return max(1, min(MAX_PIECES, num_units, num_parameters // PIECE_PARAMETERS))
 
 
 def layout_of(
@@ -83,8 +90,9 @@ def times_of(
         flops["decoder"] = flops["decoder_forward"] + flops["decoder_backward"]
         compute["reduce_encoder", index] = reduction(StageCost(encoder, Cost(), Cost()))
         compute["reduce_decoders", index] = reduction(StageCost(Cost(), decoders, Cost()))
-        pieces["reduce_encoder", index] = min(MAX_PIECES, stage.last - stage.first)
-        pieces["reduce_decoders", index] = min(MAX_PIECES, max(1, len(stage.decoders)))
+        blocks = stage.last - stage.first
+        pieces["reduce_encoder", index] = num_pieces(blocks, encoder.trainable)
+        pieces["reduce_decoders", index] = num_pieces(len(stage.decoders), decoders.trainable)
         compute |= {(k, index): microbatch * n / flops_per_second for k, n in flops.items()}
     messages = transfers_of(model, layout, microbatch)
     shared: dict[tuple[Payload | None, int | None], tuple[str, ...]] = {

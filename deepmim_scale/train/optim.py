@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from timm.optim import param_groups_weight_decay
@@ -10,7 +11,7 @@ from torch import nn
 
 from deepmim_scale.config import RunConfig
 from deepmim_scale.parallel.stages import part_of_parameter
-from deepmim_scale.plan.timing import MAX_PIECES
+from deepmim_scale.plan.timing import num_pieces
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,13 +24,17 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     pieces: dict[str, list[int]] = {}
     for part, piece in sorted(set(places.values())):
         pieces.setdefault(part, []).append(piece)
+    sizes: Counter[str] = Counter()
+    for parameter, (part, _) in places.items():
+        sizes[part] += parameter.numel() * parameter.requires_grad
     groups: dict[tuple[str, float, int], dict[str, Any]] = {}
     for both in param_groups_weight_decay(module, weight_decay):
         for parameter in both["params"]:
             part, piece = places[parameter]
             # Norms and biases are too small to be worth pieces.
             known = pieces[part] if both["weight_decay"] else [piece]
-            number = known.index(piece) * min(MAX_PIECES, len(known)) // len(known)
+            count = num_pieces(len(known), sizes[part])
+            number = known.index(piece) * count // len(known)
             key = (part, both["weight_decay"], number)
             group = groups.setdefault(key, both | {"part": part, "params": []})
             group["params"].append(parameter)

@@ -32,6 +32,7 @@ from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.files import schedule_to_json
 from deepmim_scale.pipeline.registry import build_schedule, find_schedule
+from deepmim_scale.plan import timing
 from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.resolve import TrainingPlan, training_plan
@@ -296,6 +297,8 @@ def main() -> None:
     torch.set_num_threads(1)
     runpy.run_path(str(ROOT / "tests/unit/test_registries.py"))["register_toys"]()
     out, cases = Path(sys.argv[-2]), json.loads(Path(sys.argv[-1]).read_text())
+    # So small a model would be summed in one piece.
+    timing.PIECE_PARAMETERS = 1
     zero.init_processes(timeout_seconds=300)
     # The CPU accelerator refuses fp16, although torch's CPU kernels are enough for its arithmetic.
     accelerator = type(deepspeed.accelerator.get_accelerator())
