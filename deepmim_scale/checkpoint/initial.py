@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from deepmim_scale.checkpoint import networks
@@ -15,6 +14,7 @@ from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.models import build_model
+from deepmim_scale.models.classifier import resize_position_table
 from deepmim_scale.parallel.stages import global_parameters
 
 _DECODING = ("decoders.", "carries.")
@@ -40,7 +40,8 @@ def initial_weights(config: RunConfig) -> Initial:
     if encoder.sizes.depth != config.model.depth:
         notes[0] += f", {_WAYS[config.init_depth]} to {config.model.depth}"
     if taken[_TABLE].shape != wanted[_TABLE]:
-        taken[_TABLE] = resized_positions(taken[_TABLE], wanted[_TABLE][1])
+        grid = round((wanted[_TABLE][1] - 1) ** 0.5)
+        taken[_TABLE] = resize_position_table(taken[_TABLE], grid)
         notes.append(f"its position table resized to {config.model.img_size} px")
     taken |= {
         name: value
@@ -54,12 +55,6 @@ def initial_weights(config: RunConfig) -> Initial:
         notes.append(f"decoders {', '.join(decoders)}")
     text = f"begins with {' and '.join(notes)} of {config.init_from}"
     return Initial(taken, f"{text}; new: {', '.join(new) or 'nothing'}")
-
-
-def resized_positions(table: Tensor, tokens: int) -> Tensor:
-    """Position table [1, L + 1, D] for so many tokens: bicubic, not antialiased, as official."""
-    grid = round((tokens - 1) ** 0.5)
-    return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=1, antialias=False)
 
 
 def put(initial: Initial, module: nn.Module) -> None:

@@ -17,10 +17,11 @@ from deepmim_scale.checkpoint import networks
 from deepmim_scale.checkpoint.encoders import Encoder, is_run, load_encoder
 from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.finetune.model import build_vit, load_encoder_into
+from deepmim_scale.finetune.model import load_encoder_into
 from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from deepmim_scale.methods.base import even_taps
 from deepmim_scale.models import Model
+from deepmim_scale.models.classifier import build_classifier
 from deepmim_scale.runs.folder import load_run_config
 
 TIMM_PREFIX = "timm:"
@@ -111,7 +112,7 @@ def _of_file(encoder: Encoder, wanted: tuple[int, ...]) -> tuple[FrozenEncoder, 
         raise UserError(f"{encoder.source}: tells no number of heads; give --model timm:NAME")
     for note in encoder.notes:
         print(note)
-    pair = [build_vit(sizes, 0, "mean" if encoder.pools_mean else "class") for _ in range(2)]
+    pair = [build_classifier(sizes, 0, "mean" if encoder.pools_mean else "class") for _ in range(2)]
     load_encoder_into_frozen(pair[0], encoder)
     first, second = (_of_vit(encoder.source, model, wanted, None) for model in pair)
     return first, second

@@ -5,12 +5,8 @@ Legend: N images, L patches, D width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from timm.layers import trunc_normal_
-from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -58,27 +54,3 @@ class AttentiveHead(nn.Module):
         parts = (self.query.expand(len(tokens), -1, -1), *self.keys_values(patches).chunk(2, -1))
         query, keys, values = (x.unflatten(2, (self._heads, -1)).transpose(1, 2) for x in parts)
         return self.linear(scaled_dot_product_attention(query, keys, values).flatten(1))
-
-
-class ProbeLars(Lars):
-    """LARS as MAE's util/lars.py: matrices adapt, 1-D parameters neither adapt nor decay.
-
-    timm's adds the decay to the norm of the gradient; here it is part of the gradient. It needs
-    whole tensors and does not work on ZeRO's shards.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0) -> None:
-        given = list(parameters)
-        self._decay = weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in given if p.ndim > 1], "always_adapt": True},
-            {"params": [p for p in given if p.ndim <= 1]},
-        ]
-        super().__init__(groups, lr=0.0, momentum=0.9, trust_coeff=0.001, eps=0.0)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update."""
-        for parameter in self.param_groups[0]["params"]:
-            parameter.grad.add_(parameter, alpha=self._decay)
-        return super().step(closure)

@@ -142,8 +142,9 @@ def run_linear_sgd(arguments: LinearSgdArguments) -> None:
         return _plan(arguments, encoder, steps, arguments.global_batch, rate, held_out=0.0)
 
     def contestants(encoder: FrozenEncoder, num_classes: int) -> list[Contestant]:
-        from deepmim_scale.evaluate.heads import LinearHead, ProbeLars
+        from deepmim_scale.evaluate.heads import LinearHead
         from deepmim_scale.evaluate.trained_probe import Contestant
+        from deepmim_scale.train.optim import Lars
 
         peak = arguments.blr * arguments.global_batch / 256
         heads = [
@@ -151,7 +152,13 @@ def run_linear_sgd(arguments: LinearSgdArguments) -> None:
             for block in encoder.blocks
         ]
         return [
-            Contestant(block, "", head, ProbeLars(head.parameters(), arguments.weight_decay), peak)
+            Contestant(
+                block,
+                "",
+                head,
+                Lars(head.parameters(), 0.0, weight_decay=arguments.weight_decay),
+                peak,
+            )
             for block, head in heads
         ]
 

@@ -1,45 +1,17 @@
-"""timm's VisionTransformer with an encoder's weights in it and a head for the classes."""
+"""An encoder's weights in timm's VisionTransformer, and a new head for the classes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Literal
-
-import timm
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from deepmim_scale.checkpoint.encoders import Encoder
-from deepmim_scale.checkpoint.initial import resized_positions
-from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.errors import UserError
+from deepmim_scale.models.classifier import resize_position_table
 
-Pool = Literal["mean", "class"]
-# What timm calls them; any size of this family can be asked of the one name.
-POOLS = {"mean": "avg", "class": "token"}
-TIMM_NAME = "vit_base_patch16_224"
 # MAE begins with a head that says nothing.
 HEAD_STD = 2e-5
-
-
-def build_vit(
-    sizes: EncoderSizes, num_classes: int, pool: Pool, drop_path: float = 0.0, seed: int = 0
-) -> nn.Module:
-    """A ViT with timm's random weights, the same for the same seed.
-
-    `mean` norms the mean of the patch tokens (`fc_norm`), `class` norms all tokens (`norm`) and
-    takes the class token's.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return timm.create_model(
-            TIMM_NAME,
-            num_classes=num_classes,
-            global_pool=POOLS[pool],
-            drop_path_rate=drop_path,
-            **asdict(sizes),
-        )
 
 
 def fitting_tensors(encoder: Encoder, model: nn.Module, keep_head: bool) -> dict[str, Tensor]:
@@ -54,7 +26,8 @@ def fitting_tensors(encoder: Encoder, model: nn.Module, keep_head: bool) -> dict
         tensors = {n: v for n, v in tensors.items() if not n.startswith(("norm.", "fc_norm."))}
     if not keep_head:
         tensors = {n: v for n, v in tensors.items() if not n.startswith(("head.", "fc_norm."))}
-    tensors["pos_embed"] = resized_positions(tensors["pos_embed"], target["pos_embed"].shape[1])
+    grid = round((target["pos_embed"].shape[1] - 1) ** 0.5)
+    tensors["pos_embed"] = resize_position_table(tensors["pos_embed"], grid)
     new = set() if keep_head else {n for n in target if n.startswith(("head.", "fc_norm."))}
     for name in sorted(set(target) - new):
         if name not in tensors:

@@ -22,10 +22,11 @@ from deepmim_scale.ds_config import (
 )
 from deepmim_scale.errors import UserError
 from deepmim_scale.finetune.data import LabelledSources, open_labelled
-from deepmim_scale.finetune.model import build_vit, load_encoder_into
+from deepmim_scale.finetune.model import load_encoder_into
 from deepmim_scale.finetune.presets import load_finetune_preset
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.finetune.transform import Transform, evaluation_transform, train_transform
+from deepmim_scale.models.classifier import build_classifier
 from deepmim_scale.plan.cost import block_cost
 from deepmim_scale.runs.folder import CONFIG, FINE_TUNED, fine_tuned
 from deepmim_scale.runs.lock import check_free
@@ -119,7 +120,7 @@ def prepare(config: FinetuneConfig) -> PreparedFinetune:
     given = given or load_ds_config(bundled(default_ds_config()))
     check_machine(given, config.deepspeed_config, config.optimizer)
     ds_config, _ = resolve_ds_config(given, config, batch)
-    model = build_vit(sizes, num_classes, config.pool, config.drop_path, config.seed)
+    model = build_classifier(sizes, num_classes, config.pool, config.drop_path, config.seed)
     notes = _put_weights(config, model, encoder, num_classes)
     size = sizes.img_size
     training = train_transform(

@@ -25,19 +25,19 @@ from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure
 from deepmim_scale.finetune.data import Images, TrainingImages, iter_steps
 from deepmim_scale.finetune.draws import seed_drop_path
-from deepmim_scale.finetune.ema import WeightAverage
 from deepmim_scale.finetune.evaluation import Counter, evaluate
 from deepmim_scale.finetune.files import step_line, summarize, write_weights
 from deepmim_scale.finetune.mixing import Mixing
 from deepmim_scale.finetune.prepare import PreparedFinetune, write_config
-from deepmim_scale.finetune.recipe import build_loss, layer_groups
+from deepmim_scale.finetune.recipe import build_loss
 from deepmim_scale.parallel import zero
 from deepmim_scale.runs.environment import record_start
 from deepmim_scale.runs.folder import read_metrics, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
+from deepmim_scale.train.ema import Ema
 from deepmim_scale.train.metrics import MetricsWriter, flop_rates, peak_memory_gib
-from deepmim_scale.train.optim import learning_rate
+from deepmim_scale.train.optim import finetune_groups, learning_rate
 from deepmim_scale.train.progress import Progress
 from deepmim_scale.train.restore import Wanted, find_checkpoint
 from deepmim_scale.train.trainer import MAX_SKIPPED_IN_A_ROW, check_shared
@@ -71,9 +71,9 @@ class Finetuner:
         model.to(device)
         self.engine = _build_engine(prepared, model, device)
         self.model = self.engine.module
-        self.average: WeightAverage | None = None
+        self.average: Ema | None = None
         if self.config.ema_decay:
-            self.average = WeightAverage(self.config.ema_decay, self._weights())
+            self.average = Ema(self._weights(), self.config.ema_decay)
         if self.start.checkpoint is not None:
             load_optimizer(self.start.checkpoint, self.engine)
             if self.average is not None:
@@ -151,7 +151,7 @@ class Finetuner:
             epoch,
             warmup_epochs=config.warmup_epochs,
             total_epochs=self.total_steps / samples.steps_per_epoch,
-            floor=config.min_lr,
+            min_lr=config.min_lr,
         )
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -270,7 +270,7 @@ def _build_engine(
     assert config.optimizer in ("adamw", "apex"), "the settings know two optimizers"
     optimizer = zero.build_optimizer(
         "apex" if config.optimizer == "apex" else "adamw",
-        layer_groups(model, config.weight_decay, config.layer_decay),
+        finetune_groups(model, config.weight_decay, config.layer_decay),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
     )

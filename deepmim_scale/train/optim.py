@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from timm.optim import param_groups_weight_decay
+import torch
+from timm.optim import Lars as TimmLars
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from deepmim_scale.config import RunConfig
@@ -79,10 +82,73 @@ def run_rate(config: RunConfig, peak: float, epoch: float, total_epochs: float) 
 
 
 def learning_rate(
-    peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float, floor: float = 0.0
+    peak: float, epoch: float, *, warmup_epochs: float, total_epochs: float, min_lr: float = 0.0
 ) -> float:
-    """Rate at a fractional epoch: linear from 0 during the warm-up, a half-cosine to `floor`."""
+    """Rate at a fractional epoch: linear from 0 during the warm-up, a half-cosine to `min_lr`."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(total_epochs - warmup_epochs, 1e-12)
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+# Norm and head after the last block learn at the full rate, as BEiT and MAE have it.
+_AFTER_BLOCKS = ("norm.", "fc_norm.", "head.")
+
+
+def finetune_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Groups with `lr_scale` = layer_decay ** (depth + 1 - layer) for timm's VisionTransformer.
+
+    Layer 0 is the embedding, layer i + 1 block i, the last one norms and head. Nothing that is 1-D
+    is decayed, and neither are the class token and the position table.
+    """
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay,
+        no_weight_decay_list=model.no_weight_decay(),  # type: ignore[operator]
+        layer_decay=layer_decay,
+    )
+    # timm gives `norm`, which a class token passes through, the scale of the last block.
+    after = {id(p) for n, p in model.named_parameters() if n.startswith(_AFTER_BLOCKS)}
+    # One group for each pair, since ZeRO works on every group by itself.
+    merged: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            scale = 1.0 if id(parameter) in after else group["lr_scale"]
+            merged.setdefault((scale, group["weight_decay"]), []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in merged.items()
+    ]
+
+
+class Lars(TimmLars):
+    """LARS as MAE's util/lars.py: matrices adapt, 1-D parameters neither adapt nor decay.
+
+    timm's adds the decay to the norm of the gradient; here it is part of the gradient. It needs
+    whole tensors and does not work on ZeRO's shards.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        weight_decay: float = 0.0,
+    ) -> None:
+        given = list(params)
+        self._decay = weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in given if p.ndim > 1], "always_adapt": True},
+            {"params": [p for p in given if p.ndim <= 1]},
+        ]
+        super().__init__(groups, lr=lr, momentum=momentum, trust_coeff=trust_coefficient, eps=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.add_(parameter, alpha=self._decay)
+        return super().step(closure)

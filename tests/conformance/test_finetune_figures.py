@@ -16,15 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deepmim_scale.checkpoint.initial import resized_positions
 from deepmim_scale.checkpoint.sizes import EncoderSizes
-from deepmim_scale.evaluate.heads import LinearHead, ProbeLars
-from deepmim_scale.finetune.ema import WeightAverage
+from deepmim_scale.evaluate.heads import LinearHead
 from deepmim_scale.finetune.mixing import Mixing
-from deepmim_scale.finetune.model import build_vit
-from deepmim_scale.finetune.recipe import build_loss, layer_groups
+from deepmim_scale.finetune.recipe import build_loss
 from deepmim_scale.finetune.transform import evaluation_transform
-from deepmim_scale.train.optim import learning_rate
+from deepmim_scale.models.classifier import build_classifier, resize_position_table
+from deepmim_scale.train.ema import Ema
+from deepmim_scale.train.optim import Lars, finetune_groups, learning_rate
 
 GOLDEN = Path(__file__).parent / "golden"
 FIGURES: dict[str, Any] = json.loads((GOLDEN / "finetune.json").read_text())
@@ -41,7 +40,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def golden_model(arrays: dict[str, np.ndarray], pool: Any) -> nn.Module:
-    model = build_vit(SIZES, 10, pool).double()
+    model = build_classifier(SIZES, 10, pool).double()
     weights = {
         name: torch.from_numpy(arrays[f"param/{name}"]).double() for name in model.state_dict()
     }
@@ -59,8 +58,8 @@ def test_layer_decay(case: str) -> None:
     expected = FIGURES["groups"][case]
     pool = "mean" if expected["global_pool"] else "class"
     sizes = EncoderSizes(16, 4, 32, expected["depth"], 4, 4.0)
-    model = build_vit(sizes, 10, pool)
-    groups = layer_groups(model, expected["weight_decay"], expected["layer_decay"])
+    model = build_classifier(sizes, 10, pool)
+    groups = finetune_groups(model, expected["weight_decay"], expected["layer_decay"])
     assert len(groups) == expected["num_groups"]
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: [g["lr_scale"], g["weight_decay"]] for g in groups for p in g["params"]}
@@ -71,8 +70,8 @@ def test_layer_decay(case: str) -> None:
 def test_layer_scales_of_published_recipes(case: str) -> None:
     expected = FIGURES["layer_scales"][case]
     with torch.device("meta"):
-        model = build_vit(EncoderSizes(16, 8, 8, expected["depth"], 2, 1.0), 2, "mean")
-    groups = layer_groups(model, 0.05, expected["layer_decay"])
+        model = build_classifier(EncoderSizes(16, 8, 8, expected["depth"], 2, 1.0), 2, "mean")
+    groups = finetune_groups(model, 0.05, expected["layer_decay"])
     assert len(groups) == expected["num_groups"]
     assert sorted({g["lr_scale"] for g in groups}) == sorted(expected["scale_by_layer_id"])
 
@@ -87,7 +86,7 @@ def test_schedule(case: str) -> None:
             epoch,
             warmup_epochs=expected["warmup_epochs"],
             total_epochs=expected["epochs"],
-            floor=expected["min_lr"],
+            min_lr=expected["min_lr"],
         )
         assert found == pytest.approx(rate, rel=1e-12, abs=1e-18)
 
@@ -97,7 +96,7 @@ def test_drop_path_rates(case: str) -> None:
     expected = FIGURES["drop_path"][case]
     with torch.device("meta"):
         sizes = EncoderSizes(16, 8, 8, expected["depth"], 2, 1.0)
-        model = build_vit(sizes, 2, "mean", drop_path=expected["rate"])
+        model = build_classifier(sizes, 2, "mean", drop_path=expected["rate"])
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]  # type: ignore[union-attr, operator]
     assert rates == pytest.approx(expected["by_block"], rel=1e-6)
 
@@ -145,7 +144,7 @@ def test_five_updates(case: str, arrays: dict[str, np.ndarray]) -> None:
     config = expected["config"]
     model = golden_model(arrays, "mean" if config["global_pool"] else "class").train()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    groups = layer_groups(model, config["weight_decay"], config["layer_decay"])
+    groups = finetune_groups(model, config["weight_decay"], config["layer_decay"])
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config["betas"], eps=config["eps"])
     mixes = bool(config["mixup"])
     loss_of = build_loss(mixes=mixes, smoothing=config["smoothing"])
@@ -160,7 +159,7 @@ def test_five_updates(case: str, arrays: dict[str, np.ndarray]) -> None:
                 config["epoch"] + first / len(images),
                 warmup_epochs=config["warmup_epochs"],
                 total_epochs=config["epochs"],
-                floor=config["min_lr"],
+                min_lr=config["min_lr"],
             )
         )
         for group in optimizer.param_groups:
@@ -196,7 +195,7 @@ def test_average_of_weights(case: str) -> None:
         return torch.from_numpy(random.standard_normal(expected["shape"]))
 
     weight = draw("weight")
-    average = WeightAverage(expected["decay"], {"w": weight})
+    average = Ema({"w": weight}, expected["decay"])
     for update in range(1, max(rows) + 1):
         weight = weight + 0.01 * draw(f"step{update}")
         average.update({"w": weight})
@@ -211,7 +210,7 @@ def test_average_of_weights(case: str) -> None:
 @pytest.mark.parametrize("case", FIGURES["pos_embed"])
 def test_resized_positions(case: str, arrays: dict[str, np.ndarray]) -> None:
     source, result = (torch.from_numpy(arrays[f"{case}/{part}"]) for part in ("source", "result"))
-    found = resized_positions(source, result.shape[1])
+    found = resize_position_table(source, round((result.shape[1] - 1) ** 0.5))
     torch.testing.assert_close(found, result, rtol=0, atol=1e-5)
 
 
@@ -256,7 +255,7 @@ def test_five_lars_updates_of_the_linear_probe(case: str, arrays: dict[str, np.n
     weights = {n: torch.from_numpy(arrays[f"param/head.{n}"]) for n in ("weight", "bias")}
     head.linear.load_state_dict(weights)
     start = head.linear.weight.detach().clone()
-    optimizer = ProbeLars(head.parameters(), config["weight_decay"])
+    optimizer = Lars(head.parameters(), 0.0, weight_decay=config["weight_decay"])
     features = torch.from_numpy(arrays[f"probe/{case}/features"])
     labels = torch.from_numpy(arrays[f"probe/{case}/labels"])
     losses, norms = [], []

@@ -23,14 +23,14 @@ from deepmim_scale.evaluate.frozen import open_frozen
 from deepmim_scale.evaluate.heads import AttentiveHead
 from deepmim_scale.evaluate.trained_probe import Contestant, ProbePlan, TrainedProbe
 from deepmim_scale.finetune.data import open_labelled
-from deepmim_scale.finetune.model import build_vit
 from deepmim_scale.finetune.prepare import prepare
-from deepmim_scale.finetune.recipe import layer_groups
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.finetune.trainer import Finetuner, evaluate_once
 from deepmim_scale.finetune.transform import evaluation_transform, probe_transform
+from deepmim_scale.models.classifier import build_classifier
 from deepmim_scale.parallel import zero
 from deepmim_scale.runs.folder import list_checkpoints, read_metrics
+from deepmim_scale.train.optim import finetune_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -150,8 +150,8 @@ def many_groups() -> float:
     assert resolved["gradient_clipping"] == 0.0
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = build_vit(sizes, 10, "mean", seed=3)
-        groups = layer_groups(model, 0.05, 0.65)
+        model = build_classifier(sizes, 10, "mean", seed=3)
+        groups = finetune_groups(model, 0.05, 0.65)
         assert len(groups) == 28
         return model, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=EPS)
 

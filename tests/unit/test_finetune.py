@@ -28,10 +28,11 @@ from deepmim_scale.finetune.draws import seed_sample
 from deepmim_scale.finetune.evaluation import Counter
 from deepmim_scale.finetune.files import summarize
 from deepmim_scale.finetune.mixing import Mixing
-from deepmim_scale.finetune.model import begin_head, build_vit
+from deepmim_scale.finetune.model import begin_head
 from deepmim_scale.finetune.prepare import prepare
 from deepmim_scale.finetune.presets import FINETUNE_PRESETS, load_finetune_preset
 from deepmim_scale.finetune.transform import crop_share, evaluation_transform, train_transform
+from deepmim_scale.models.classifier import build_classifier
 from deepmim_scale.presets import load_preset
 
 SIZES = EncoderSizes(16, 8, 16, 3, 2, 4.0)
@@ -250,7 +251,7 @@ def test_best_and_last() -> None:
 
 
 def test_a_new_head_says_nothing() -> None:
-    model = build_vit(SIZES, 50, "mean", seed=1)
+    model = build_classifier(SIZES, 50, "mean", seed=1)
     begin_head(model, seed=1)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.1)  # type: ignore[union-attr, operator]
     assert not model.head.bias.any()  # type: ignore[union-attr, operator]
@@ -258,7 +259,7 @@ def test_a_new_head_says_nothing() -> None:
 
 def test_larger_input_resizes_positions(colors: Path, tmp_path: Path) -> None:
     file = tmp_path / "encoder.safetensors"
-    model = build_vit(SIZES, 0, "class", seed=5)
+    model = build_classifier(SIZES, 0, "class", seed=5)
     save_file(model.state_dict(), file, header_of(SIZES))
     words = [
         str(file),
@@ -278,7 +279,7 @@ def test_larger_input_resizes_positions(colors: Path, tmp_path: Path) -> None:
 
 
 def fine_tuned_file(path: Path, classes: int = 3, pool: Any = "mean") -> Path:
-    model = build_vit(SIZES, classes, pool, seed=2)
+    model = build_classifier(SIZES, classes, pool, seed=2)
     save_file(model.state_dict(), path, header_of(SIZES, tuple("abcdefg"[:classes])))
     return path
 
@@ -286,7 +287,7 @@ def fine_tuned_file(path: Path, classes: int = 3, pool: Any = "mean") -> Path:
 def test_checkpoints_of_official_code_are_read(colors: Path, tmp_path: Path) -> None:
     """They are pickles that hold a command line beside `model`."""
     file = tmp_path / "checkpoint-99.pth"
-    model = build_vit(SIZES, 3, "mean", seed=4)
+    model = build_classifier(SIZES, 3, "mean", seed=4)
     content = {"model": model.state_dict(), "args": argparse.Namespace(lr=1.0), "epoch": 99}
     torch.save(content, file)
     words = [str(file), "--num-heads", "2", "--data", str(colors), *SMALL, "--eval"]
@@ -317,14 +318,14 @@ def test_files_load_strictly_in_timm(tmp_path: Path) -> None:
         global_pool="avg",
         checkpoint_path=str(file),
     )
-    expected = build_vit(SIZES, 3, "mean", seed=2).eval()
+    expected = build_classifier(SIZES, 3, "mean", seed=2).eval()
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(loaded.eval()(images), expected(images))
 
 
 def test_weights_without_a_word_of_heads(tmp_path: Path, colors: Path) -> None:
     file = tmp_path / "bare.safetensors"
-    save_file(build_vit(SIZES, 0, "class").state_dict(), file)
+    save_file(build_classifier(SIZES, 0, "class").state_dict(), file)
     words = [str(file), "--data", str(colors), *SMALL, "--output", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"num_heads: .* does not tell it"):
         prepare(parse_finetune(words, prog="finetune"))

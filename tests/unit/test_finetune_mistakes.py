@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, resolve_ds_config
 from deepmim_scale.finetune.command import main
-from deepmim_scale.finetune.model import build_vit
 from deepmim_scale.finetune.settings import FinetuneConfig
+from deepmim_scale.models.classifier import build_classifier
 
 SIZES = EncoderSizes(16, 8, 16, 3, 2, 4.0)
 MODEL = [
@@ -42,7 +42,7 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fine_tuned_file(path: Path, classes: int = 3, pool: Any = "mean") -> Path:
-    model = build_vit(SIZES, classes, pool, seed=2)
+    model = build_classifier(SIZES, classes, pool, seed=2)
     save_file(model.state_dict(), path, header_of(SIZES, tuple("abcdefg"[:classes])))
     return path
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepmim_scale.checkpoint import files, networks
-from deepmim_scale.checkpoint.initial import Initial, initial_weights, put, resized_positions
+from deepmim_scale.checkpoint.initial import Initial, initial_weights, put
 from deepmim_scale.cli import main
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.models import build_model
+from deepmim_scale.models.classifier import resize_position_table
 from deepmim_scale.presets import load_preset
 from deepmim_scale.runs.folder import list_checkpoints, step_folder, write_config
 from deepmim_scale.runs.resume import check_output
@@ -75,7 +76,7 @@ def test_another_resolution_resizes_the_table(finished_run: Callable[[str], Path
     run = finished_run(DEBUG)
     _, initial = begin(run, model={"img_size": 96})
     table = networks.trained(str(run)).state_dict()["pos_embed"]
-    assert torch.equal(initial.tensors["pos_embed"], resized_positions(table, 1 + 144))
+    assert torch.equal(initial.tensors["pos_embed"], resize_position_table(table, 12))
     assert "position table resized to 96 px" in initial.note
     assert not any(n.endswith("pos_embed") for n in initial.tensors if n.startswith("decoders"))
 

@@ -24,12 +24,13 @@ from deepmim_scale.cli import main
 from deepmim_scale.errors import UserError
 from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.evaluate.frozen import open_frozen
-from deepmim_scale.evaluate.heads import AttentiveHead, LinearHead, ProbeLars
+from deepmim_scale.evaluate.heads import AttentiveHead, LinearHead
 from deepmim_scale.evaluate.trained_probe import Contestant, ProbePlan, TrainedProbe, split
 from deepmim_scale.finetune.data import open_labelled
 from deepmim_scale.finetune.draws import seed_sample
-from deepmim_scale.finetune.model import build_vit
 from deepmim_scale.finetune.transform import OneTryCrop, evaluation_transform, probe_transform
+from deepmim_scale.models.classifier import build_classifier
+from deepmim_scale.train.optim import Lars
 
 CPU = torch.device("cpu")
 
@@ -81,7 +82,7 @@ def test_linear_head_reads_what_it_says() -> None:
 
 def test_lars_moves_biases_at_the_full_rate() -> None:
     head = LinearHead(4, 2)
-    optimizer = ProbeLars(head.parameters())
+    optimizer = Lars(head.parameters(), 0.0)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     for group in optimizer.param_groups:
         group["lr"] = 2.0
@@ -150,7 +151,7 @@ def test_mistakes_about_encoders(finished_run: Callable[[str], Path], tmp_path: 
     with pytest.raises(UserError, match="must be timm: and the name of a model"):
         open_frozen("x", model="timm:no_such_network")
     file = tmp_path / "wrong.safetensors"
-    save_file(build_vit(EncoderSizes(16, 8, 16, 2, 2, 4.0), 0, "class").state_dict(), file)
+    save_file(build_classifier(EncoderSizes(16, 8, 16, 2, 2, 4.0), 0, "class").state_dict(), file)
     with pytest.raises(UserError, match="cannot take the weights"):
         open_frozen(str(file), model="timm:vit_tiny_patch16_224")
     with pytest.raises(UserError, match="tells no number of heads"):
@@ -179,7 +180,7 @@ def small_probe(run: Path, data: Path, steps: int, save_every: int = 3) -> Train
             optimizer = torch.optim.AdamW(head.parameters(), lr=0.0)
             contestants.append(Contestant(block, f"lr {rate:g}", head, optimizer, rate))
         linear = LinearHead(encoder.width, 3)
-        lars = ProbeLars(linear.parameters())
+        lars = Lars(linear.parameters(), 0.0)
         contestants.append(Contestant(block, "lars", linear, lars, 1.0))
     return TrainedProbe(encoder, sources, contestants, plan, CPU)
 
@@ -275,7 +276,7 @@ def test_mistakes(
 def test_a_file_needs_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "encoder.safetensors"
     sizes = EncoderSizes(16, 8, 16, 2, 2, 4.0)
-    save_file(build_vit(sizes, 0, "class").state_dict(), file, header_of(sizes))
+    save_file(build_classifier(sizes, 0, "class").state_dict(), file, header_of(sizes))
     with pytest.raises(SystemExit):
         main(["evaluate", "knn", str(file)])
     assert f"data: missing; {file} does not tell it" in capsys.readouterr().err

@@ -9,23 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Weights = nn.Module | Mapping[str, Tensor]
 
 
-class WeightAverage:
-    """A copy of the weights, by their names; equal on every rank whose weights are equal."""
+class Ema:
+    """A copy of weights, by their names; equal on every rank whose weights are equal.
 
-    def __init__(self, decay: float, weights: Mapping[str, Tensor]) -> None:
+    Weights are a module's parameters, or those that an optimizer keeps in fp32.
+    """
+
+    def __init__(self, module: Weights, decay: float) -> None:
         self.decay, self.updates = decay, 0
         full = torch.float32
         self._sums = {
             name: torch.zeros_like(value, dtype=torch.promote_types(value.dtype, full))
-            for name, value in weights.items()
+            for name, value in _tensors(module).items()
         }
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor]) -> None:
+    def update(self, module: Weights) -> None:
         """Move after one applied update of the weights."""
+        weights = _tensors(module)
         self.updates += 1
         sums = list(self._sums.values())
         news = [weights[name].to(self._sums[name]) for name in self._sums]
@@ -47,3 +53,7 @@ class WeightAverage:
         """Inverse of `state`."""
         for name, value in state.items():
             self._sums[name].copy_(value)
+
+
+def _tensors(weights: Weights) -> Mapping[str, Tensor]:
+    return dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
