@@ -45,7 +45,7 @@ Step._forward = fail
 """
 LAST_LINE = re.compile(
     r"error: rank (?P<rank>\d), stage (?P<stage>\d), micro-batch [01], instruction [a-z_]+"
-    r"( \w+ \(peer: stage \d\))?, in \w+\.\w+: .*(Timed out|Connection|Broken pipe).*"
+    r"( \w+ \(peer: stage \d\))?, in \w+\.\w+: .*(Timed out|timeout|Connection|Broken pipe).*"
 )
 
 
