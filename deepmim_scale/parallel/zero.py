@@ -191,7 +191,7 @@ def build_engine(
 def _without_muon() -> Iterator[None]:
     """Hide an optimizer that DeepSpeed imports, and compiles, only to see that ours is another.
 
-    That costs every process 3 s of CPU.
+    That costs every process about 1 s of CPU.
     """
     name = "deepspeed.runtime.zero.muon.muon_optimizer"
     before = sys.modules.get(name)

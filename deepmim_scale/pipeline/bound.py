@@ -7,15 +7,12 @@ from collections import defaultdict
 from deepmim_scale.pipeline.ir import (
     Durations,
     Instruction,
-    Kind,
     Pipeline,
     Style,
     dependencies,
     stage_kinds,
 )
-
-Work = tuple[Kind, int]
-"""Kind and stage."""
+from deepmim_scale.pipeline.list_scheduler import Work
 
 
 def least_makespan(
