@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from deepmim_scale.analysis.reconstruct import validation
-from deepmim_scale.config import ModelConfig, even_alphas
+from deepmim_scale.config import ModelConfig
 from deepmim_scale.evaluate.features import load_model
 from deepmim_scale.images import normalize, patch_statistics, patchify
+from deepmim_scale.model_config import even_alphas
 from deepmim_scale.models import build_model
 from deepmim_scale.models.blocks import gather_tokens
 from deepmim_scale.runs.folder import load_run_config, read_metrics

@@ -24,6 +24,7 @@ ORDER = [
     ["methods"],
     ["batch", "images"],
     ["objectives"],
+    ["model_config"],
     ["config"],
     ["presets", "flags"],
     ["arguments"],
@@ -124,7 +125,7 @@ def test_folders_are_layers_of_their_own() -> None:
 
 
 # Where names of methods, targets and schedules may stand as strings.
-NAMED_IN = ("methods", "objectives", "config.py", "presets.py", "registry.py")
+NAMED_IN = ("methods", "objectives", "model_config.py", "config.py", "presets.py", "registry.py")
 NAMES = {*METHODS, *OBJECTIVES, *SCHEDULES, "cosine"}
 # Export formats are named after libraries, one of them after a method.
 ALLOWED = {
