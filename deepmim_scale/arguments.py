@@ -94,10 +94,16 @@ def parse(
 ) -> Arguments:
     """Arguments of `config_class`, with `-` and `_` alike; UserError for a user's mistake.
 
-    `theirs` are flags of other programs, with what they are here.
+    `theirs` are flags of other programs, with what they are here. Arguments with a model begin with
+    their preset's.
     """
     known = flags_of(config_class)
     check_flags(argv, known, prog, theirs or {})
+    given = given_flags(argv)
+    if default is None and "model" in config_class.model_fields and "--preset" in given:
+        preset = load_preset(given["--preset"])
+        default = config_class(preset=given["--preset"], model=preset.model)
+        argv = [*argv, *_taps_that_follow(preset.model.method, given)]
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -194,9 +200,7 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
         default = default.replace(global_batch=None)
     if "--epochs" in given:
         default = default.replace(steps=None)
-    if "--taps" not in given and _taps_follow(default.model.method, given):
-        # A preset carries its taps filled in; they are spread again for another depth or method.
-        rest = [*rest, "--taps", "even"]
+    rest = [*rest, *_taps_that_follow(default.model.method, given)]
     try:
         config = parse(RunConfig, rest, prog=prog, default=default, theirs=MAE_FLAGS)
     except UserError as error:
@@ -211,11 +215,11 @@ def parse_run(argv: Sequence[str], *, prog: str) -> RunConfig:
     return config.replace(output=config.output or f"runs/{name}")
 
 
-def _taps_follow(method: str, given: Mapping[str, str]) -> bool:
-    """Whether the preset's taps are not the user's any more."""
-    if "--method" in given:
-        return True
-    return bool(given.keys() & {"--depth", "--num-segments"}) and not METHODS[method].free_taps
+def _taps_that_follow(method: str, given: Mapping[str, str]) -> list[str]:
+    """Flags that spread taps again: a preset has them filled in, for its own depth and method."""
+    sizes = given.keys() & {"--depth", "--num-segments"}
+    follow = "--method" in given or (sizes and not METHODS[method].free_taps)
+    return ["--taps", "even"] if follow and "--taps" not in given else []
 
 
 def difference(config: RunConfig) -> list[str]:

@@ -96,8 +96,8 @@ class RunConfig(FrozenConfig):
     """A schedule as `deepmim-scale schedule --json` writes it, or made by hand."""
     placement: Literal["linear", "v"] = "linear"
     """v: rank r holds stages r and 2P - 1 - r, so that MIRL's pairs stay on one device."""
-    layout: Annotated[str, shown_as("STAGE|STAGE|...")] = ""
-    """Stages as 6d|2d|2d|2d: blocks, and d for a decoder (default: the fastest cut)."""
+    layout: Annotated[str, shown_as("STAGE/STAGE/...")] = ""
+    """Stages as 6d/2d/2d/2d: blocks, and d for a decoder (default: the fastest cut)."""
     reschedule_after: NonNegativeInt = 0
     """Step after which the schedule is rebuilt from measured times; 0 keeps the predicted one."""
     gradient_flow: Literal["full", "local"] = "full"

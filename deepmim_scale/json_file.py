@@ -1,9 +1,14 @@
-"""JSON files that people write: what Python's reader lets pass or fails on is told in one line."""
+"""JSON files that people write: what Python's reader lets pass or fails on is told in one line.
+
+And files of ours that others may read at any moment.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +50,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'{path}: must hold a JSON object; write {{"key": value}}')
     return content
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a file that is whole at any moment, whoever else reads or writes it."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

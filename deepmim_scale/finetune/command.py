@@ -14,6 +14,7 @@ from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.finetune.presets import FINETUNE_PRESETS, load_finetune_preset
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.flags import check_flags, flags_of, given_flags
+from deepmim_scale.ranks import adopt_ranks, check_ranks
 from deepmim_scale.runs.lock import held
 from deepmim_scale.settings import shown_as
 
@@ -96,11 +97,14 @@ def _run(prepared: PreparedFinetune, is_main: bool) -> None:
 
     from deepmim_scale.data.backend import BadImage
     from deepmim_scale.parallel import failure, zero
+    from deepmim_scale.train.agreement import check_same_data
 
     config = prepared.config
     failure.limit_waits(config.timeout)
     try:
         device = zero.init_processes(config.timeout)
+        sources = prepared.sources
+        check_same_data(config.data, (sources.train, sources.val))
         if config.evaluates_only:
             _evaluate(prepared, device)
         else:
@@ -150,9 +154,15 @@ def _train(prepared: PreparedFinetune, device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None, prog: str = "finetune") -> None:
     """Entry of `launcher/finetune.py`, `deepmim-scale finetune` and `--module`."""
     words = sys.argv[1:] if argv is None else argv
+
+    def command() -> None:
+        check_ranks()
+        finetune(parse_finetune(words, prog=prog))
+
+    adopt_ranks()
     if any(word in ("-h", "--help") for word in words) and not is_main_process():
         return
-    run_command(lambda: finetune(parse_finetune(words, prog=prog)))
+    run_command(command)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 
 from deepmim_scale.data.stage_exchange import FeedMismatch, PeerFailed
 from deepmim_scale.parallel.executor import Executor
+from deepmim_scale.parallel.watch import place
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -38,8 +39,8 @@ def is_of_peers(error: BaseException) -> bool:
 def leave(error: Exception, executor: Executor | None) -> NoReturn:
     """End this process at once, whatever its threads and process groups still wait for.
 
-    The last line on stderr names rank, stage, micro-batch, instruction and function; the traceback
-    of an error of its own comes before it.
+    The last line on stderr names rank, host, stage, micro-batch, instruction and function; the
+    traceback of an error of its own comes before it.
     """
     sys.stdout.flush()
     if not is_of_peers(error):
@@ -53,7 +54,6 @@ def leave(error: Exception, executor: Executor | None) -> NoReturn:
     reason = re.sub(r"^\[\S*\] ", "", str(error)).split("\n")[0].split(". ")[0]
     if not is_of_peers(error):
         reason = f"{type(error).__name__}: {reason}"
-    rank = os.environ.get("RANK", "0")
-    print(f"error: rank {rank}, {where}, in {function}: {reason}", file=sys.stderr, flush=True)
+    print(f"error: {place()}, {where}, in {function}: {reason}", file=sys.stderr, flush=True)
     # Not sys.exit: threads and process groups that wait for a lost peer would hold it up.
     os._exit(1)

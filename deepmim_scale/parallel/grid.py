@@ -13,13 +13,18 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from deepmim_scale.parallel.watch import limited
 
 
 def make_group(groups: Sequence[Sequence[int]], timeout: timedelta | None = None) -> Any:
     """This rank's group of disjoint ones (a group of its own where it is in none), in one round."""
     me = dist.get_rank()
     mine = next((ranks for ranks in groups if me in ranks), [me])
-    return dist.new_group(list(mine), timeout=timeout, use_local_synchronization=True)
+    timeout = timeout or distributed_c10d.default_pg_timeout
+    with limited(timeout.total_seconds()):
+        return dist.new_group(list(mine), timeout=timeout, use_local_synchronization=True)
 
 
 class ProcessGrid:

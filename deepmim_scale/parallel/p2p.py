@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepmim_scale.parallel.grid import make_group
 from deepmim_scale.parallel.stages import TensorRoom
+from deepmim_scale.parallel.watch import limited
 from deepmim_scale.pipeline.ir import Instruction, Message, Payload, Pipeline, Schedule
 
 Channel = tuple[Payload, int, int]
@@ -86,7 +87,8 @@ class Channels:
             for channel, some in pairs.items():
                 if any(me in pair for pair in some):
                     self._groups[channel] = group
-        self._connect()
+        with limited(timeout_seconds):
+            self._connect()
 
     def _connect(self) -> None:
         # The first message of a pair blocks both hosts until both are there: now, in one order.

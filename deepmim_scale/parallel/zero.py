@@ -26,6 +26,7 @@ from deepmim_scale.ds_config import precision_of
 from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer, padded_groups
 from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.parallel.stages import global_parameters
+from deepmim_scale.parallel.watch import limited
 from deepmim_scale.pipeline.ir import Reduction
 from deepmim_scale.precision import Precision
 
@@ -92,7 +93,8 @@ def init_processes(timeout_seconds: float = 600.0) -> torch.device:
     timeout = timedelta(seconds=timeout_seconds)
     # DeepSpeed adopts a group that exists. Its own would be bound to a GPU, which gloo refuses, and
     # which makes every later group a collective of all ranks.
-    dist.init_process_group(backend, timeout=timeout)
+    with limited(timeout_seconds):
+        dist.init_process_group(backend, timeout=timeout)
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )

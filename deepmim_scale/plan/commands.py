@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 
-from deepmim_scale.arguments import writable
+from deepmim_scale.arguments import difference, writable
+from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
-from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
+from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup, network_gbytes
 from deepmim_scale.plan.planner import enumerate_plans
 from deepmim_scale.plan.planner import to_json as plans_to_json
 from deepmim_scale.plan.row import Cluster, Plan
 from deepmim_scale.presets import load_preset
-from deepmim_scale.settings import FrozenConfig, PositiveInt
+from deepmim_scale.settings import FrozenConfig, NonNegativeFloat, PositiveInt
 
 JsonPath = Annotated[str, tyro.conf.arg(name="json")]
 
 
 class PlanArguments(FrozenConfig):
-    """Predict time, memory and bytes of every way to run a preset on a cluster."""
+    """Predict time, memory and bytes of every way to run a model on a cluster."""
 
     preset: str
     """What to train, e.g. mirl_vit_b_48."""
+    model: ModelConfig = ModelConfig()
+    """The preset's; its flags change it."""
     nodes: PositiveInt = 1
     """Machines."""
     gpus_per_node: PositiveInt = 8
@@ -33,7 +37,11 @@ class PlanArguments(FrozenConfig):
     gpu: str = "a100-80g"
     """v100-16g, v100-32g, a100-40g, a100-80g, h100-80g or h200-141g."""
     network: str = "edr"
-    """Between nodes, per node: 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr or 8xndr."""
+    """Between nodes, per node: 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr, 8xndr or Gbit/s."""
+    network_efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the line that transfers get; `doctor` measures it."""
+    network_latency: NonNegativeFloat = 0.0
+    """Of a message between nodes, microseconds."""
     global_batch: PositiveInt | None = None
     """Images per optimizer step (default: the preset's)."""
     json_path: JsonPath = ""
@@ -44,14 +52,22 @@ def plan(args: PlanArguments) -> None:
     """Print the fastest plan of each (stages, placement, schedule), and which is best."""
     check_files(args.json_path)
     config = load_preset(args.preset)
-    gpu, network = lookup("gpu", args.gpu, GPUS), lookup("network", args.network, NETWORKS)
     global_batch = args.global_batch or config.global_batch or config.microbatch_size
-    cluster = Cluster(args.nodes, args.gpus_per_node, gpu, network)
-    plans = enumerate_plans(config.model, cluster, global_batch)
+    cluster = Cluster(
+        args.nodes,
+        args.gpus_per_node,
+        lookup("gpu", args.gpu, GPUS),
+        network_gbytes(args.network) * args.network_efficiency,
+        args.network_latency * 1e-6,
+    )
+    plans = enumerate_plans(args.model, cluster, global_batch)
     if args.json_path:
         Path(args.json_path).write_text(json.dumps(plans_to_json(plans), indent=1))
+    network = args.network if args.network in NETWORKS else f"{args.network} Gbit/s"
+    changes = difference(config.replace(model=args.model))
     print(
-        f"{args.preset} on {cluster.num_gpus} x {args.gpu}, {args.network} between nodes, "
+        f"{' '.join([args.preset, *changes])} on {cluster.num_gpus} x {args.gpu}, "
+        f"{network} between nodes, "
         f"{global_batch} images per step (predicted)"
     )
     print(
@@ -118,7 +134,7 @@ def _verdict(plans: list[Plan]) -> str:
     text = f"best: {what}, --stages {best.stages} --microbatch-size {best.microbatch}"
     if best.stages > 1:
         text += f" --schedule {best.schedule} --placement {best.placement}"
-        text += f" --layout '{best.layout}'"
+        text += f" --layout {best.layout}"
     if others:
         text += f"; {others[0].step_seconds / best.step_seconds:.2f} times as fast as {other}"
     sharded = [row for row in plans if row.kind == "zero3" and row.overlap == "overlapped"]

@@ -31,7 +31,7 @@ from deepmim_scale.plan.row import (
     Plan,
     Weights,
     flops_rate,
-    replica_bandwidth,
+    replica_seconds,
     usable_bytes,
 )
 
@@ -68,10 +68,10 @@ def data_parallel(
     flops -= cost.teacher.backward_flops
     compute = count * flops / flops_rate(cluster, microbatch)
     sums = gradient_traffic_bytes(cost, replicas)
-    sent = sums + weight_traffic_bytes(cost, replicas, gather)
-    if kind == "zero3":
-        sent = sums + 2 * microbatches * weight_traffic_bytes(cost, replicas, "16bit")
-    communication = sent / replica_bandwidth(cluster, replicas)
+    gathers = 2 * microbatches if kind == "zero3" else 1
+    gather = "16bit" if kind == "zero3" else gather
+    sent = sums + gathers * weight_traffic_bytes(cost, replicas, gather)
+    communication = replica_seconds(cluster, replicas, sent, 1 + gathers)
     hidden = overlap == "overlapped"
     step = max(compute, communication) if hidden else compute + communication
     activations = microbatch * local_activation_bytes(model, recompute, weights == "pure_16bit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,19 @@ def lookup(key: str, name: str, table: Mapping[str, Value]) -> Value:
     if name not in table:
         raise UserError(f"{key}={name}: unknown; use one of {', '.join(table)}")
     return table[name]
+
+
+def network_gbytes(text: str) -> float:
+    """GB/s of one node of a name of NETWORKS, or of a number of Gbit/s; UserError for others."""
+    try:
+        found = float(text) / 8
+    except ValueError:
+        found = NETWORKS.get(text, 0.0)
+    if not 0 < found < math.inf:
+        raise UserError(
+            f"network={text}: unknown; use one of {', '.join(NETWORKS)}, or a number of Gbit/s"
+        )
+    return found
 
 
 def gpu_named(device_name: str) -> Gpu | None:

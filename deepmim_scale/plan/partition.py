@@ -96,7 +96,7 @@ def partition(
 
 
 def format_layout(layout: Layout, config: ModelConfig) -> str:
-    """Readable form: `6d|2d|2d|2d` is 6 blocks and a decoder, then three times 2 and one."""
+    """Readable form: `6d/2d/2d/2d` is 6 blocks and a decoder, then three times 2 and one."""
     texts = []
     for stage in layout:
         ends = sorted({config.taps[k] for k in stage.decoders} | {stage.last})
@@ -107,20 +107,23 @@ def format_layout(layout: Layout, config: ModelConfig) -> str:
                 for start, end in zip(starts, ends, strict=True)
             )
         )
-    return "|".join(texts)
+    return "/".join(texts)
 
 
 def parse_layout(text: str, config: ModelConfig) -> Layout:
-    """Read a layout string; UserError unless blocks and decoders are those of the model."""
+    """Read a layout string; UserError unless blocks and decoders are those of the model.
+
+    Stages may also be separated by `|`, as older files have it; to a shell that is a pipe.
+    """
     cuts: list[int] = []
     taps: list[int] = []
     block = 0
-    for part in text.split("|"):
+    for part in re.split("[/|]", text):
         if not re.fullmatch(r"(\d+d)*\d+d?", part):
             example = format_layout(stages_at(config, [config.depth]), config)
             raise UserError(
                 f"layout={text}: '{part}' is no stage; write numbers of blocks, each followed by d "
-                f"where a decoder taps it, stages separated by |; on one stage it is {example}"
+                f"where a decoder taps it, stages separated by /; on one stage it is {example}"
             )
         for blocks, decoder in re.findall(r"(\d+)(d?)", part):
             block += int(blocks)

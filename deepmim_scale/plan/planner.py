@@ -40,7 +40,7 @@ from deepmim_scale.plan.data_parallel import data_parallel_rows
 from deepmim_scale.plan.hardware import mfu
 from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, format_layout
-from deepmim_scale.plan.row import Cluster, Plan, flops_rate, replica_bandwidth, usable_bytes
+from deepmim_scale.plan.row import Cluster, Plan, flops_rate, replica_seconds, usable_bytes
 from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
 
 __all__ = ["Cluster", "Plan", "enumerate_plans", "predict", "to_json"]
@@ -99,7 +99,7 @@ def with_gather(plan: Plan, gather: WeightGather, cluster: Cluster) -> Plan:
     ratio = {"fp32": 6, "16bit": 4}
     factor = ratio[gather] / ratio[plan.weight_gather]
     sent = round(plan.reduction_bytes * factor)
-    saved = (plan.reduction_bytes - sent) / replica_bandwidth(cluster, plan.replicas)
+    saved = replica_seconds(cluster, plan.replicas, plan.reduction_bytes - sent, 0)
     step = plan.step_seconds - saved
     scale = plan.step_seconds / step
     return replace(
@@ -162,16 +162,18 @@ def _predict(
     stages = pipeline.num_ranks
     replicas = cluster.num_gpus // stages
     limit = usable_bytes(cluster.gpu)
-    bandwidth = replica_bandwidth(cluster, replicas)
     times = times_of(
         model,
         layout,
         microbatch,
         flops_rate(cluster, microbatch),
         lambda source, target: _seconds_per_byte(cluster, pipeline, replicas, source, target),
+        lambda source, target: _latency(cluster, pipeline, replicas, source, target),
         split=find_schedule(schedule).split_backward,
         lanes=lambda source, target: _cards(cluster, pipeline, replicas, source, target),
-        reduction=lambda part: gradient_traffic_bytes(part, replicas) / bandwidth,
+        reduction=lambda part: replica_seconds(
+            cluster, replicas, gradient_traffic_bytes(part, replicas)
+        ),
     )
     held = [
         [stage_cost(model, layout[s].first, layout[s].last) for s in pipeline.stages_of(rank)]
@@ -213,7 +215,7 @@ def _predict(
         for costs in held
     )
     gathered = max(sum(weight_traffic_bytes(cost, replicas) for cost in costs) for costs in held)
-    step = compute + exposed + gathered / bandwidth
+    step = compute + exposed + replica_seconds(cluster, replicas, gathered)
     memory = max(state + peak for state, peak in zip(states, built.peaks, strict=True))
     rate_of_images = microbatch * microbatches * replicas / step
     busy = sum(timeline.busy) / stages / first * microbatches
@@ -237,7 +239,7 @@ def _predict(
         images_per_second=rate_of_images,
         mfu=mfu(flops, rate_of_images / cluster.num_gpus, cluster.gpu),
         idle_fraction=1 - busy / compute,
-        reduction_seconds=reduction_bytes / bandwidth,
+        reduction_seconds=replica_seconds(cluster, replicas, reduction_bytes, reductions + 1),
         memory_bytes=memory,
         activation_bytes=max(built.peaks),
         boundary_bytes=microbatches * _boundary_bytes(model, layout, pipeline, microbatch),
@@ -260,6 +262,13 @@ def _seconds_per_byte(
     if len(nodes) == 1:
         return 1 / (cluster.gpu.intra_gbytes * 1e9)
     return min(replicas, cluster.gpus_per_node) / (cluster.network_gbytes * 1e9)
+
+
+def _latency(
+    cluster: Cluster, pipeline: Pipeline, replicas: int, source: int, target: int
+) -> float:
+    nodes = {_node(cluster, pipeline, replicas, stage) for stage in (source, target)}
+    return cluster.latency_seconds if len(nodes) == 2 else 0.0
 
 
 def _cards(

@@ -69,7 +69,7 @@ def _read_layout(
 ) -> tuple[Layout, Placement]:
     text, placement = content.get("layout"), content.get("placement", "linear")
     if not isinstance(text, str):
-        raise UserError(f"{path}: layout={text!r:.60}: must be text as 6d|2d|2d|2d")
+        raise UserError(f"{path}: layout={text!r:.60}: must be text as 6d/2d/2d/2d")
     if placement not in get_args(Placement):
         names = ", ".join(get_args(Placement))
         raise UserError(f"{path}: placement={placement!r:.60}: must be one of {names}")

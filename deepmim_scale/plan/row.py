@@ -22,7 +22,9 @@ class Cluster:
     gpus_per_node: int
     gpu: Gpu
     network_gbytes: float
-    """Per node and direction, GB/s."""
+    """What transfers get of a node's card, per direction, GB/s."""
+    latency_seconds: float = 0.0
+    """That a message between nodes takes beside its bytes."""
 
     @property
     def num_gpus(self) -> int:
@@ -95,10 +97,17 @@ def flops_rate(cluster: Cluster, microbatch: int) -> float:
     return gpu.peak_tflops * 1e12 * gpu.utilization * microbatch / (microbatch + 2)
 
 
-def replica_bandwidth(cluster: Cluster, replicas: int) -> float:
-    """Bytes/s at which a stage's replicas sum and gather: a node's card, or within the node."""
-    crosses = replicas > cluster.gpus_per_node
-    return (cluster.network_gbytes if crosses else cluster.gpu.intra_gbytes) * 1e9
+def replica_seconds(
+    cluster: Cluster, replicas: int, num_bytes: float, num_collectives: int = 1
+) -> float:
+    """Time for a stage's replicas to send so many bytes each in so many sums or gathers.
+
+    Beyond a node they share its card, and each collective goes once around a ring of messages.
+    """
+    if replicas <= cluster.gpus_per_node:
+        return num_bytes / (cluster.gpu.intra_gbytes * 1e9)
+    latency = num_collectives * (replicas - 1) * cluster.latency_seconds
+    return num_bytes / (cluster.network_gbytes * 1e9) + latency
 
 
 def usable_bytes(gpu: Gpu) -> int:

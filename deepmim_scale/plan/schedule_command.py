@@ -29,7 +29,7 @@ from deepmim_scale.pipeline.registry import (
 )
 from deepmim_scale.pipeline.validate import ScheduleError, validate
 from deepmim_scale.plan.commands import JsonPath, check_files
-from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
+from deepmim_scale.plan.hardware import GPUS, lookup, network_gbytes
 from deepmim_scale.plan.partition import Layout, format_layout
 from deepmim_scale.plan.resolve import choose_layout, read_schedule
 from deepmim_scale.plan.timing import memory_of, pipeline_of, times_of
@@ -55,7 +55,7 @@ class ScheduleArguments(FrozenConfig):
     taps: str = ""
     """DeepMIM: even, even:N or numbers as 3,6,9,12 (default: the preset's)."""
     layout: str = ""
-    """Stages as 6d|2d|2d|2d: blocks, and d for a decoder (default: the fastest cut)."""
+    """Stages as 6d/2d/2d/2d: blocks, and d for a decoder (default: the fastest cut)."""
     microbatch_size: PositiveInt | None = None
     """B, images of a micro-batch (default: the preset's)."""
     gpu: str = "a100-80g"
@@ -63,7 +63,7 @@ class ScheduleArguments(FrozenConfig):
     memory_limit: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Activation memory that a search may use, as a share of 1F1B's."""
     network: str = ""
-    """Add the time of transfers over this network (default: transfers take no time)."""
+    """Add transfers over a network, by name or in Gbit/s (default: they take no time)."""
     json_path: JsonPath = ""
     """File for the simulation and the instruction lists as JSON."""
     picture: str = ""
@@ -80,7 +80,7 @@ def schedule(args: ScheduleArguments) -> None:
     layout, given = _read(args, model) if args.schedule_file else (_cut(args, model), None)
     images = args.microbatch_size or config.microbatch_size
     gpu = lookup("gpu", args.gpu, GPUS)
-    bandwidth = lookup("network", args.network, NETWORKS) * 1e9 if args.network else float("inf")
+    bandwidth = network_gbytes(args.network) * 1e9 if args.network else float("inf")
     memory = memory_of(model, layout, images)
 
     def durations(split_backward: bool) -> Durations:

@@ -61,12 +61,13 @@ def times_of(
     microbatch: int,
     flops_per_second: float,
     seconds_per_byte: Callable[[int, int], float] = lambda source, target: 0.0,
+    latency: Callable[[int, int], float] = lambda source, target: 0.0,
     *,
     split: bool = False,
     reduction: Callable[[StageCost], float] = lambda part: 0.0,
     lanes: Callable[[int, int], tuple[str, ...]] = lambda source, target: (),
 ) -> Durations:
-    """Durations in proportion to FLOPs, and transfers to bytes (autocast) between two stages.
+    """Durations in proportion to FLOPs, and transfers to bytes (autocast) and latency.
 
     With `split` the backward kinds stand for gradients with respect to inputs only. The teacher
     runs where a stage's first loss is evaluated, once for all its decoders. `reduction` gives
@@ -99,8 +100,8 @@ def times_of(
         (m.payload, m.source): lanes(m.source, m.target) for m in messages
     }
     transfer: dict[tuple[Payload | None, int | None], float] = {
-        (message.payload, message.source): message.num_bytes
-        * seconds_per_byte(message.source, message.target)
+        (message.payload, message.source): latency(message.source, message.target)
+        + message.num_bytes * seconds_per_byte(message.source, message.target)
         for message in messages
     }
     return Durations(compute, transfer, shared, pieces)

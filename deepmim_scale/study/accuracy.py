@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepmim_scale.json_file import replace_text
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.runs.folder import step_folder
 from deepmim_scale.study.cells import Cell, equal_flops_step
@@ -119,9 +120,7 @@ def run(args: StudyArguments, task: Task) -> str:
         return f"{task.label}: failed, see {log_of(args, task.label)}"
     accuracies = _accuracies(task, part)
     # A file under its final name is complete.
-    found = part.with_suffix(".new")
-    found.write_text(json.dumps(accuracies))
-    found.rename(final)
+    replace_text(final, json.dumps(accuracies))
     return f"{task.label}: {max(accuracies.values()):.1f} %"
 
 
@@ -256,7 +255,7 @@ def write_files(args: StudyArguments, cells: list[Cell]) -> list[Row]:
     """accuracy.json and accuracy.md; returns the rows, with those of the studies beside."""
     rows = build_rows(args, cells)
     folder = Path(args.output)
-    (folder / RESULT).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    replace_text(folder / RESULT, json.dumps({"rows": rows}, indent=1) + "\n")
     everything = rows + load_beside(args)
     lines = "".join(f"- {line}\n" for line in verdicts(everything))
     head = (

@@ -6,12 +6,14 @@ A row is a cell over all its repeats; what is not measured is None.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deepmim_scale.json_file import replace_text
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.study.cells import Cell, CellRun, prediction
 from deepmim_scale.study.runner import failure, finished_rows
@@ -190,12 +192,13 @@ def write_files(args: StudyArguments, rows: list[Row], environment: dict[str, st
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"settings": args.model_dump(mode="json"), "environment": environment, "rows": rows}
-    (folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
-    with (folder / "study.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "study.md").write_text(_page(args, rows, environment))
+    replace_text(folder / RESULTS, json.dumps(content, indent=1) + "\n")
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(folder / "study.csv", lines.getvalue())
+    replace_text(folder / "study.md", _page(args, rows, environment))
 
 
 def _page(args: StudyArguments, rows: list[Row], environment: dict[str, str]) -> str:

@@ -109,7 +109,9 @@ def failure(args: StudyArguments, run: str) -> str:
     """Why a launched run did not come to its end, in one line; empty if none was launched."""
     path = log_of(args, run)
     text = path.read_text(errors="replace") if path.is_file() else ""
-    lines = [re.sub(r"^\[rank\d+\]: *", "", line.strip()) for line in text.splitlines()]
+    # pdsh begins every line with its host, torch some with their rank.
+    prefix = rf"^(({'|'.join(map(re.escape, _hosts(args)))}): )?(\[rank\d+\]: *)?"
+    lines = [re.sub(prefix, "", line.strip()) for line in text.splitlines()]
     lines = [line for line in lines if line]
     if not lines or not lines[-1].startswith(EXIT_CODE):  # the study itself was killed
         return ""
@@ -121,6 +123,13 @@ def failure(args: StudyArguments, run: str) -> str:
     # The first error is the cause; other ranks then complain of the one that left.
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return _short(errors[0] if errors else lines[-1])
+
+
+def _hosts(args: StudyArguments) -> list[str]:
+    """Names in the study's hostfile; none where it is gone."""
+    path = Path(args.hostfile)
+    lines = path.read_text().splitlines() if args.hostfile and path.is_file() else []
+    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _short(line: str, length: int = 200) -> str:

@@ -13,7 +13,7 @@ from pydantic import model_validator
 from deepmim_scale.errors import UserError
 from deepmim_scale.json_file import read_json
 from deepmim_scale.pipeline.registry import BASELINE, DEFAULT, trainable_schedules
-from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup
+from deepmim_scale.plan.hardware import GPUS, lookup, network_gbytes
 from deepmim_scale.plan.row import Cluster
 from deepmim_scale.presets import load_preset
 from deepmim_scale.settings import File, Folder, FrozenConfig
@@ -111,7 +111,7 @@ class StudyArguments(FrozenConfig):
     gpu: str = "a100-80g"
     """Predict for v100-16g, v100-32g, a100-40g, a100-80g, h100-80g or h200-141g."""
     network: str = "edr"
-    """Predict for 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr or 8xndr between nodes."""
+    """Predict for 10gbe, 25gbe, 100gbe, edr, hdr, 8xhdr, ndr, 8xndr or Gbit/s between nodes."""
     hostfile: File = ""
     """DeepSpeed's list of machines, see launcher/hostfile.example."""
     evaluate: Annotated[
@@ -157,7 +157,7 @@ class StudyArguments(FrozenConfig):
             if not (Path(folder) / "accuracy.json").is_file():
                 raise ValueError(f"beside={folder}: holds no accuracy.json; evaluate it first")
         lookup("gpu", self.gpu, GPUS)
-        lookup("network", self.network, NETWORKS)
+        network_gbytes(self.network)
         for word in self.flags:
             flag = word.split("=")[0].replace("_", "-")
             if flag in _TAKEN or (self.evaluate and flag in ("--seed", "--save-every")):
@@ -174,7 +174,7 @@ class StudyArguments(FrozenConfig):
     @property
     def cluster(self) -> Cluster:
         """What predictions are for."""
-        return Cluster(self.nodes, self.gpus_per_node, GPUS[self.gpu], NETWORKS[self.network])
+        return Cluster(self.nodes, self.gpus_per_node, GPUS[self.gpu], network_gbytes(self.network))
 
 
 def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:

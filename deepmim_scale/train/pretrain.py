@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from deepmim_scale.arguments import is_main_process, parse_run, run_command
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.ranks import adopt_ranks, check_ranks
 from deepmim_scale.runs.lock import held
 from deepmim_scale.train.prepare import PreparedRun, describe, prepare
 
@@ -63,8 +64,10 @@ def _train(prepared: PreparedRun, is_main: bool) -> None:
 
 
 def _start(prepared: PreparedRun, device: torch.device) -> Trainer:
+    from deepmim_scale.train.agreement import check_same_data
     from deepmim_scale.train.trainer import Trainer
 
+    check_same_data(prepared.config.data, (prepared.train, prepared.validation))
     trainer = Trainer(prepared, device)
     say = trainer.progress.print_main
     warmup_steps = prepared.config.warmup_epochs * prepared.samples.steps_per_epoch
@@ -85,7 +88,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "pretrain") -> None:
     words = sys.argv[1:] if argv is None else argv
 
     def command() -> None:
+        check_ranks()
         pretrain(parse_run(words, prog=prog))
+
+    adopt_ranks()
 
     if any(word in ("-h", "--help") for word in words) and not is_main_process():
         return

@@ -91,7 +91,7 @@ def write_schedule(file: Path, case: dict[str, Any], model: ModelConfig) -> str:
     if name == BY_HAND:
         ranks = [{"instructions": list(steps_by_hand(rank, count))} for rank in range(2)]
         content = {"format": 1, "schedule": name, "microbatches": count, "style": {}}
-        content |= {"layout": "2d1d|2d1d", "ranks": ranks}
+        content |= {"layout": "2d1d/2d1d", "ranks": ranks}
     else:
         layout = layout_of(model, stages, case["placement"])
         times = times_of(model, layout, BATCH, 1e9, split=find_schedule(name).split_backward)

@@ -44,7 +44,7 @@ def fail(self, step):
 Step._forward = fail
 """
 LAST_LINE = re.compile(
-    r"error: rank (?P<rank>\d), stage (?P<stage>\d), micro-batch [01], instruction [a-z_]+"
+    r"error: rank (?P<rank>\d) on \S+, stage (?P<stage>\d), micro-batch [01], instruction [a-z_]+"
     r"( \w+ \(peer: stage \d\))?, in \w+\.\w+: .*(Timed out|timeout|Connection|Broken pipe).*"
 )
 
@@ -165,7 +165,7 @@ def test_a_rank_with_an_error_of_its_own(photos: str, tmp_path: Path) -> None:
     first, second = said(tmp_path)
     assert "Traceback" in second
     assert re.fullmatch(
-        r"error: rank 1, stage 0, micro-batch 0, instruction forward, in step\.\w+: "
+        r"error: rank 1 on \S+, stage 0, micro-batch 0, instruction forward, in step\.\w+: "
         r"KeyError: 'planted'",
         second.splitlines()[-1],
     ), second

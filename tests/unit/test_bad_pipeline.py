@@ -48,7 +48,7 @@ CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
     "decoders elsewhere": (
         2,
         (*TWO, "--layout", "6d|6d"),
-        "layout=6d|6d: decoders after blocks [6, 12], but taps=[3, 6, 9, 12]; write 3d3d|3d3d",
+        "layout=6d|6d: decoders after blocks [6, 12], but taps=[3, 6, 9, 12]; write 3d3d/3d3d",
     ),
     "no layout": (
         2,
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[int | None, tuple[str, ...], str]] = {
         2,
         (*TWO, "--gradient-flow", "local", "--layout", "3d1|2d3d3d"),
         (
-            "gradient_flow=local: layout 3d1|2d3d3d has blocks that no loss of their stage "
+            "gradient_flow=local: layout 3d1/2d3d3d has blocks that no loss of their stage "
             "reaches; end every stage with a decoder"
         ),
     ),

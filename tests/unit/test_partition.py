@@ -64,7 +64,7 @@ def test_gain_over_parameters_on_published_taps() -> None:
     """Max-stage FLOPs of taps 6, 8, 10, 12 on 4 stages: uniform cut and ours."""
     config = load_preset("deepmim_vit_b_12").model.replace(masked_query=False)
     ours = partition(config, 4)
-    assert format_layout(ours, config) == "6d|2d|2d|2d"
+    assert format_layout(ours, config) == "6d/2d/2d/2d"
     uniform = flops(config, stages_at(config, [3, 6, 9, 12]))
     assert uniform / flops(config, ours) >= 1.3
 
@@ -127,7 +127,7 @@ def test_layout_there_and_back(data: st.DataObject) -> None:
 
 def test_layout_examples() -> None:
     config = model(12, (6, 8, 10, 12))
-    assert [s.decoders for s in parse_layout("6d2d|2d2d", config)] == [(0, 1), (2, 3)]
+    assert [s.decoders for s in parse_layout("6d2d/2d2d", config)] == [(0, 1), (2, 3)]
     assert [s.decoders for s in parse_layout("3|3d|2d2d2d", config)] == [(), (0,), (1, 2, 3)]
 
 
@@ -145,7 +145,7 @@ def test_layout_examples() -> None:
             "3d|3d|6d",
             (
                 r"decoders after blocks \[3, 6, 12\], but taps=\[6, 8, 10, 12\]; "
-                r"write 3\|3d\|2d2d2d"
+                r"write 3/3d/2d2d2d"
             ),
         ),
     ],
@@ -157,7 +157,7 @@ def test_bad_layouts(text: str, message: str) -> None:
 
 def test_mirl_is_cut_into_segments() -> None:
     config = load_preset("mirl_vit_b_48").model
-    assert format_layout(partition(config, 3), config) == "8d8d|8d8d|8d8d"
+    assert format_layout(partition(config, 3), config) == "8d8d/8d8d/8d8d"
     with pytest.raises(UserError, match="equal runs of segments"):
         parse_layout("8d|8d8d8d|8d8d", config)
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_schedule_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         f"{tmp_path}/s.trace.json",
     )
     report = json.loads((tmp_path / "s.json").read_text())
-    assert report["layout"] == "3d|3d|3d|3d"
+    assert report["layout"] == "3d/3d/3d/3d"
     assert report["speedup_over_1f1b"] >= 0.97 * 1.32
     least = report["least_idle_fraction"]
     assert least == pytest.approx(0.032, abs=0.001)
@@ -170,3 +171,37 @@ def test_mistakes(flags: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         run(*flags.split())
     assert "\n" not in str(error.value)
+
+
+def test_network_as_a_number_and_model_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gbit/s, efficiency and latency of a network; flags of the model on top of the preset."""
+    words = ["--preset", "debug", "--nodes", "2", "--gpus-per-node", "1", "--global-batch", "64"]
+
+    def best(stages: int, *flags: str) -> dict[str, Any]:
+        file = tmp_path / "plan.json"
+        run("plan", *words, *flags, "--json", str(file))
+        plans = json.loads(file.read_text())["plans"]
+        return next(
+            p
+            for p in plans
+            if p["stages"] == stages and p["kind"] != "zero3" and p["overlap"] == "overlapped"
+        )
+
+    assert best(1, "--network", "10") == best(1, "--network", "10gbe")
+    half = best(1, "--network", "0.02", "--network-efficiency", "0.5")
+    assert half == best(1, "--network", "0.01")
+    assert "debug on 2 x a100-80g, 0.01 Gbit/s between nodes" in capsys.readouterr().out
+    latency, fast = ("--network-latency", "5000"), ("--network", "10")
+    late = best(1, *fast, *latency)
+    assert late["reduction_seconds"] - best(1, *fast)["reduction_seconds"] == pytest.approx(0.01)
+    # The first activation and the last gradient hide behind nothing.
+    late, soon = best(2, *fast, *latency), best(2, *fast)
+    assert late["compute_seconds"] - soon["compute_seconds"] >= 0.01
+    assert soon["step_seconds"] == best(2, *fast, "--network-efficiency", "1")["step_seconds"]
+    wide = best(1, *fast, "--embed-dim", "256", "--depth", "8", "--taps", "even")
+    assert wide["reduction_bytes"] > best(1, *fast)["reduction_bytes"]
+    assert "debug embed_dim=256 depth=8 taps=(2, 4, 6, 8) on" in capsys.readouterr().out
+    with pytest.raises(UserError, match="network=fast: unknown; use one of 10gbe"):
+        run("plan", *words, "--network", "fast")

@@ -154,8 +154,8 @@ def test_the_teacher_is_planned() -> None:
         assert times["decoder", index] == pytest.approx(seconds + taught)
     deep = ModelConfig(**(config.model_dump() | {"depth": 48, "taps": "even"}))
     plain = deep.replace(target="pixel")
-    assert format_layout(layout_of(deep, 8), deep) == "11|1d|11|1d|11|1d|11|1d"
-    assert format_layout(layout_of(plain, 8), plain) == "9|3d|9|3d|9|3d|9|3d"
+    assert format_layout(layout_of(deep, 8), deep) == "11/1d/11/1d/11/1d/11/1d"
+    assert format_layout(layout_of(plain, 8), plain) == "9/3d/9/3d/9/3d/9/3d"
     with_teacher, without = (
         predict(m, cluster("8xhdr"), 1, "dib", 128, 1)
         for m in (config, config.replace(target="pixel"))
@@ -171,7 +171,7 @@ def test_the_teacher_is_planned() -> None:
 def test_memory_and_bytes_by_hand() -> None:
     config = model("deepmim_vit_b_12", taps=(3, 6, 9, 12))
     plan = predict(config, cluster("edr"), 4, "1f1b", 64, 8)
-    assert (plan.replicas, plan.layout) == (8, "3d|3d|3d|3d")
+    assert (plan.replicas, plan.layout) == (8, "3d/3d/3d/3d")
     layout = layout_of(config, 4)
     memory = memory_of(config, layout, 64)
     # The first rank keeps 4 micro-batches, and room for the next gradient.

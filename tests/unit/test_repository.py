@@ -19,7 +19,7 @@ PACKAGE = ROOT / "deepmim_scale"
 # A module may import from its own layer and from those below it, inside functions too. Imports for
 # annotations alone (`if TYPE_CHECKING`) are no arrows: nothing runs through them.
 ORDER = [
-    ["errors", "precision"],
+    ["errors", "precision", "ranks"],
     ["settings", "json_file"],
     ["methods"],
     ["batch", "images"],

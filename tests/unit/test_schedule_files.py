@@ -116,7 +116,7 @@ def by_hand() -> Content:
         "format": 1,
         "schedule": "mine",
         "placement": "linear",
-        "layout": "3d3d|3d3d",
+        "layout": "3d3d/3d3d",
         "microbatches": 2,
         "style": {},
         "ranks": [{"rank": 0, "instructions": first}, {"rank": 1, "instructions": second}],
@@ -133,12 +133,12 @@ def test_a_schedule_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file = save(tmp_path, by_hand())
     main(["schedule", "--preset", "debug", "--schedule-file", file])
     out = capsys.readouterr().out
-    assert "debug, 3d3d|3d3d, 2 micro-batches" in out
+    assert "debug, 3d3d/3d3d, 2 micro-batches" in out
     assert " mine: " in out
     plan = training_plan(
         RunConfig(model=load_preset("debug").model, stages=2, schedule_file=file), 2
     )
-    assert plan.text == "3d3d|3d3d"
+    assert plan.text == "3d3d/3d3d"
     # What the run adds: a wait after each receive of format 1, and the sums over replicas.
     added = ("wait", "reduce_decoders", "reduce_encoder")
     orders = [[s.kind for s in rank if s.kind not in added] for rank in plan.built.schedule.ranks]
@@ -319,9 +319,9 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         put(microbatches=3),
         "rank 0: forward of stage 0, micro-batch 2: 0 times, not 1",
     ),
-    "another depth": (put(layout="3d3d|3d"), "layout=3d3d|3d: adds up to 9 blocks in 2 stages"),
-    "decoders elsewhere": (put(layout="6d|3d3d"), "layout=6d|3d3d: decoders after blocks [6, 9"),
-    "no layout": (lambda c: c.pop("layout"), "layout=None: must be text as 6d|2d|2d|2d"),
+    "another depth": (put(layout="3d3d/3d"), "layout=3d3d/3d: adds up to 9 blocks in 2 stages"),
+    "decoders elsewhere": (put(layout="6d/3d3d"), "layout=6d/3d3d: decoders after blocks [6, 9"),
+    "no layout": (lambda c: c.pop("layout"), "layout=None: must be text as 6d/2d/2d/2d"),
     "unknown placement": (put(placement=["v"]), "placement=['v']: must be one of linear, v"),
     "folded": (put(placement="v"), "placement=v: deepmim is defined for placement linear"),
     "unknown style": (put(style={"fast": True}), "style={'fast': True}: must hold true or false"),

@@ -18,6 +18,7 @@ from deepmim_scale.arguments import parse
 from deepmim_scale.cli import main
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import replace_text
 from deepmim_scale.study import report, runner
 from deepmim_scale.study.cells import Cell, build_cells
 from deepmim_scale.study.settings import StudyArguments, check_folder, command, resolve
@@ -320,6 +321,27 @@ def test_failed_cells(
         launched.clear()
     rows = json.loads((out / "study.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["done", "failed", "done"]
+
+
+def test_the_error_behind_pdsh(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two\nnode-1.cluster slots=1\nnode-2.cluster slots=1\n")
+    args = study(tmp_path / "study", *SMALL, "--hostfile", str(hosts))
+    log = runner.log_of(args, "d4_p1_dib_r0")
+    log.parent.mkdir(parents=True)
+    said = ["node-2.cluster: error: kernels=triton: needs a GPU; use --kernels auto", "exit code 2"]
+    log.write_text("\n".join(["pdsh@here: node-2.cluster: ssh exited with code 2", *said]) + "\n")
+    assert runner.failure(args, "d4_p1_dib_r0").startswith("kernels=triton: needs a GPU")
+
+
+def test_files_are_whole_at_any_moment(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    replace_text(path, "old")
+    with path.open() as reader:  # opened before, as another task of an array may
+        replace_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_cut_off_run_is_no_failure(tmp_path: Path) -> None:
