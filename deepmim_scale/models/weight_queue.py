@@ -48,6 +48,11 @@ def defer_weight_gradients(queue: WeightQueue | None) -> Iterator[None]:
         _Deferral.queue = before
 
 
+def current_queue() -> WeightQueue | None:
+    """Where a backward pass that runs now puts its weight gradients."""
+    return _Deferral.queue
+
+
 class _QueuedLinear(Function):
     @staticmethod
     def forward(
@@ -69,7 +74,7 @@ class _QueuedLinear(Function):
                 _add_rows(owner.weight, rows, flat.t().mm(x.flatten(0, -2)))
                 _add_rows(owner.bias, rows, flat.sum(0))
 
-        queue = _Deferral.queue
+        queue = current_queue()
         assert queue is not None, "a split backward pass needs a queue"
         queue.pending.append(accumulate)
         return flat.mm(weight).view(x.shape), None, None, None, None
@@ -92,7 +97,7 @@ def linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
     Inside `defer_weight_gradients` the weight gradient is queued.
     """
     weight, bias = layer.weight[rows], layer.bias[rows]
-    if _Deferral.queue is None:
+    if current_queue() is None:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
