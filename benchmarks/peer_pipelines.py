@@ -85,9 +85,7 @@ def ours(work: Work, name: str) -> Variant:
     plan = TrainingPlan(layout, built, format_layout(layout, model))
     executor = Executor(plan, rank, stages, channels, build_objective(model), Precision.FP32)
     batches, count = work.batches(), work.num_microbatches
-    return Variant(
-        lambda: executor.train(batches, lambda loss: (loss / count).backward()), stages
-    )
+    return Variant(lambda: executor.train(batches, lambda loss: (loss / count).backward()), stages)
 
 
 class _AuxiliaryLoss(Function):
@@ -168,9 +166,7 @@ def torchs(work: Work, name: str, fused: bool) -> Variant:
     modules = [_TorchStage(work, _built_stage(work, layout, s), s == 0, fused) for s in mine]
     batches, model = work.batches(), work.model
     images = batches[0].images
-    hidden = torch.zeros(
-        len(images), model.num_visible + 1, model.embed_dim, requires_grad=True
-    )
+    hidden = torch.zeros(len(images), model.num_visible + 1, model.embed_dim, requires_grad=True)
     stages = [
         PipelineStage(
             module,

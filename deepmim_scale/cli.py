@@ -94,6 +94,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_losses",
         "draw each decoder's loss over a run",
     ),
+    "analyze timeline": (
+        "analysis.commands",
+        "TimelineArguments",
+        "run_timeline",
+        "draw a traced step beside its simulation",
+    ),
     "analyze attention": (
         "analysis.commands",
         "AttentionArguments",

@@ -148,6 +148,8 @@ class RunConfig(FrozenConfig):
     there is a run to resume."""
     from_step: FromStep = ""
     """Go on from this checkpoint, as step_00000800, 800 or latest; later ones are set aside."""
+    trace: NonNegativeInt = 0
+    """Step whose instructions are written as they ran, on all ranks, as a Chrome trace; 0 none."""
     profile: bool = False
     """Write a torch.profiler trace of steps 11 to 13 to the run's folder."""
 

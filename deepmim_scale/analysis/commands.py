@@ -1,4 +1,4 @@
-"""Command line of the pictures: `deepmim-scale analyze reconstruct|losses|attention|cka RUN`."""
+"""Command line of the pictures: `deepmim-scale analyze NAME RUN`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tyro
 from deepmim_scale.arguments import writable
 from deepmim_scale.config import FromStep
 from deepmim_scale.errors import UserError
+from deepmim_scale.json_file import read_json
 from deepmim_scale.methods.base import even_taps
 from deepmim_scale.settings import FrozenConfig
 
@@ -43,6 +44,10 @@ class ReconstructArguments(_CheckpointArguments):
 
 class LossesArguments(_Arguments):
     """Draw each decoder's loss over the steps of a run."""
+
+
+class TimelineArguments(_Arguments):
+    """Draw the step that `--trace` wrote, on all ranks, above its simulation."""
 
 
 class AttentionArguments(_CheckpointArguments):
@@ -114,6 +119,32 @@ def run_losses(arguments: LossesArguments) -> None:
         content["losses"][name] = {k: v if isfinite(v) else None for k, v in ends.items()}
     draw(rows, picture)
     _write(content, picture, json_file)
+
+
+def run_timeline(arguments: TimelineArguments) -> None:
+    """Write timeline.png and .json of the newest traced step, and print where its time went."""
+    from deepmim_scale.pipeline.draw import draw_gantts, timelines_of
+    from deepmim_scale.runs.folder import TRACES, load_run_config
+
+    run = arguments.run
+    model = load_run_config(run).model
+    traces = sorted(Path(run).glob(TRACES))
+    if not traces:
+        raise UserError(f"{run}: has no traced step; train with --trace N")
+    picture, json_file = _outputs(arguments, "timeline")
+    trace = read_json(traces[-1])
+    shares = trace["shares_by_rank"]
+    print(f"step {trace['step']}, share of a rank's time in %")
+    print("  rank " + "".join(f"{name:>11s}" for name in shares[0]))
+    for rank, share in enumerate(shares):
+        print(f"  {rank:4d} " + "".join(f"{100 * value:11.1f}" for value in share.values()))
+    name = f"{Path(run).name}, {model.method} of {model.depth} blocks, step {trace['step']}"
+    titled = {}
+    for kind, timeline in timelines_of(trace).items():
+        took = f"{1e3 * timeline.makespan:.1f} ms, idle {timeline.idle_fraction:.1%}"
+        titled[f"{name}, {kind}: {took}"] = timeline
+    draw_gantts(titled, picture)
+    _write({key: trace[key] for key in ("step", "shares", "shares_by_rank")}, picture, json_file)
 
 
 def run_attention(arguments: AttentionArguments) -> None:

@@ -37,28 +37,29 @@ class Executor:
         precision: Precision,
         reducer: GradientReducer | None = None,
     ) -> None:
-        self._schedule = plan.built.schedule
+        self.schedule = plan.built.schedule
         self._parts = RankParts(
             plan.layout, pp_rank, stages, channels, objective, precision, reducer
         )
         self._device = next(stages.parameters()).device
         self._clock = Clock(self._device)
-        self._marks: list[tuple[Instruction, Any, Any]] = []
+        self.marks: list[tuple[Instruction, Any, Any]] = []
+        """The last step's instructions with the clock's marks of start and end."""
         # Until the first step a failure is told as one of the flush, which comes between steps.
         self._current = self._instructions[-1]
 
     @property
     def _instructions(self) -> tuple[Instruction, ...]:
-        return self._schedule.ranks[self._parts.pp_rank]
+        return self.schedule.ranks[self._parts.pp_rank]
 
     def replace_schedule(self, schedule: Schedule) -> None:
         """Go on with another order of the same work, over the channels that there are."""
         style, channels = schedule.style, channels_of(schedule)
-        assert style.split_backward == self._schedule.style.split_backward, (
+        assert style.split_backward == self.schedule.style.split_backward, (
             "the layers are made for queued weight gradients, or they are not"
         )
-        assert channels == channels_of(self._schedule), "the new schedule needs other channels"
-        self._schedule = schedule
+        assert channels == channels_of(self.schedule), "the new schedule needs other channels"
+        self.schedule = schedule
 
     @property
     def num_backward_calls(self) -> int:
@@ -69,7 +70,7 @@ class Executor:
         if step.kind == "encoder_backward":
             return 1
         if step.kind in ("decoder", "decoder_backward"):
-            is_shallow = self._schedule.pipeline.is_shallow(step.stage)
+            is_shallow = self.schedule.pipeline.is_shallow(step.stage)
             return 1 if is_shallow else len(self._parts.losses_of(step.stage))
         return 0
 
@@ -98,8 +99,8 @@ class Executor:
         batches: Sequence[Batch],
         backward: Backward | None,
     ) -> dict[str, Tensor]:
-        step = Step(self._parts, self._schedule, batches, backward)
-        self._marks = []
+        step = Step(self._parts, self.schedule, batches, backward)
+        self.marks = []
         # Entered once, so that the 16-bit copies of the weights serve all micro-batches.
         with zero.autocast(self._parts.precision, self._device):
             for instruction in instructions:
@@ -107,7 +108,7 @@ class Executor:
                 # Marks cost microseconds and make every step's idle share and times known.
                 began = self._clock.mark()
                 step.execute(instruction)
-                self._marks.append((instruction, began, self._clock.mark()))
+                self.marks.append((instruction, began, self._clock.mark()))
         return step.losses
 
     @property
@@ -115,7 +116,7 @@ class Executor:
         """Stage, micro-batch and instruction that were begun last; "flush" until the next step."""
         step = self._current
         # A flush comes after the last micro-batch.
-        m = step.microbatch if step.microbatch >= 0 else self._schedule.num_microbatches - 1
+        m = step.microbatch if step.microbatch >= 0 else self.schedule.num_microbatches - 1
         what = f"{step.kind} {step.payload or ''}".strip()
         peer = "" if step.peer is None else f" (peer: stage {step.peer})"
         return f"stage {step.stage}, micro-batch {m}, instruction {what}{peer}"
@@ -123,7 +124,7 @@ class Executor:
     def seconds(self) -> dict[tuple[Kind, int], float]:
         """What the last step's computations took on average, s, by kind and stage."""
         found: dict[tuple[Kind, int], list[float]] = {}
-        for step, start, end in self._marks:
+        for step, start, end in self.marks:
             if step.kind in COMPUTE_KINDS:
                 seconds = self._clock.seconds(start, end)
                 found.setdefault((step.kind, step.stage), []).append(seconds)
@@ -131,6 +132,6 @@ class Executor:
 
     def busy_and_step_seconds(self) -> tuple[float, float]:
         """Seconds of the last step in which this rank computed, and seconds of the whole step."""
-        count = self._schedule.num_microbatches
+        count = self.schedule.num_microbatches
         busy = sum(count * seconds for seconds in self.seconds().values())
-        return busy, self._clock.seconds(self._marks[0][1], self._marks[-1][2])
+        return busy, self._clock.seconds(self.marks[0][1], self.marks[-1][2])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from deepmim_scale.pipeline.ir import (
+    COMPUTE_KINDS,
     Durations,
     Instruction,
     Message,
@@ -65,6 +66,21 @@ class Timeline:
     def idle_fraction(self) -> float:
         """Mean of `idle` over the ranks."""
         return sum(self.idle) / len(self.idle)
+
+
+def timeline_of(events: Sequence[Event], num_ranks: int) -> Timeline:
+    """A measured step from its events; what they spend in `wait` counts as receiving."""
+    busy, receiving, reducing = ([0.0] * num_ranks for _ in range(3))
+    for event in events:
+        kind, seconds = event.instruction.kind, event.end - event.start
+        if kind in COMPUTE_KINDS:
+            busy[event.rank] += seconds
+        elif kind == "wait":
+            receiving[event.rank] += seconds
+        elif kind == "flush":
+            reducing[event.rank] += seconds
+    end = max((event.end for event in events), default=0.0)
+    return Timeline(tuple(events), end, tuple(busy), tuple(receiving), tuple(reducing))
 
 
 class Deadlock(ValueError):

@@ -22,7 +22,7 @@ from deepmim_scale.plan.partition import Layout, format_layout, parse_layout
 from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, profiled_times, times_of
 
 # Only proportions matter to the order of a schedule.
-_FLOPS_PER_SECOND = 1e12
+FLOPS_PER_SECOND = 1e12
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def training_plan(
             f"use schedule {DEFAULT}"
         )
     model, size = config.model, config.microbatch_size
-    durations = times_of(model, layout, size, _FLOPS_PER_SECOND, split=split)
+    durations = times_of(model, layout, size, FLOPS_PER_SECOND, split=split)
     if measured is not None:
         durations = profiled_times(measured, durations)
     placement = given.pipeline.placement if given else config.placement

@@ -17,7 +17,7 @@ from deepmim_scale.methods.base import Placement
 from deepmim_scale.pipeline.bound import least_idle_fraction
 from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem, simulated
 from deepmim_scale.pipeline.compatibility import check_combination
-from deepmim_scale.pipeline.draw import draw_gantt, write_trace
+from deepmim_scale.pipeline.draw import SIMULATED, draw_gantt, write_trace
 from deepmim_scale.pipeline.files import schedule_to_json
 from deepmim_scale.pipeline.ir import Durations, Schedule
 from deepmim_scale.pipeline.registry import (
@@ -127,7 +127,7 @@ def schedule(args: ScheduleArguments) -> None:
     if args.picture:
         draw_gantt(built.timeline, args.picture, title)
     if args.trace:
-        write_trace(built.timeline, args.trace)
+        write_trace({SIMULATED: built.timeline}, args.trace)
 
 
 def _cut(args: ScheduleArguments, model: ModelConfig) -> Layout:

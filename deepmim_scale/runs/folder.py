@@ -18,6 +18,7 @@ from deepmim_scale.json_file import read_json
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
+TRACES = "trace_step_*.json"
 LOCK = "lock.json"
 CHECKPOINTS = "checkpoints"
 # The one key of a fine-tuned run's config.json.

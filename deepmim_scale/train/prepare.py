@@ -93,6 +93,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
     check_length(config, samples.steps_per_epoch)
     _check_profile(config, num_steps(config, samples.steps_per_epoch))
+    _check_trace(config, num_steps(config, samples.steps_per_epoch))
 
     given = given or load_ds_config(bundled(default_ds_config()))
     check_machine(given, config.deepspeed_config, config.optimizer)
@@ -140,6 +141,13 @@ def _check_profile(config: RunConfig, steps: int) -> None:
         raise UserError(
             f"profile=True: traces steps {PROFILED[0]} to {PROFILED[1]}, the run has "
             f"{pluralize(steps, 'step')}; give more --steps or leave --profile out"
+        )
+
+
+def _check_trace(config: RunConfig, steps: int) -> None:
+    if config.trace > steps:
+        raise UserError(
+            f"trace={config.trace}: the run has {pluralize(steps, 'step')}; give one of them"
         )
 
 

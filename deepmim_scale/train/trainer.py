@@ -49,6 +49,12 @@ from deepmim_scale.train.prepare import PreparedRun
 from deepmim_scale.train.progress import Progress
 from deepmim_scale.train.restore import find_start
 from deepmim_scale.train.runtime import build_runtime
+from deepmim_scale.train.step_trace import (
+    StepTrace,
+    describe,
+    simulated_again,
+    write_step_trace,
+)
 
 # A run whose every step overflows is lost; stop instead of spinning to the end. A float16 run first
 # halves its scale from 65536 down to 1.
@@ -171,11 +177,14 @@ class Trainer:
         microbatches = [batch.to(self.device) for batch in batches]
         calls = self.executor.num_backward_calls
         logs_blocks = config.log_blocks > 0 and (self.step + 1) % config.log_blocks == 0
+        trace = StepTrace(self.device) if self.step + 1 == config.trace else None
         with (
             self.block_log.watching() if logs_blocks else contextlib.nullcontext(),
             zero.reduced_step(self.engine, config.reduction, calls) as backward,
         ):
             sums = self.executor.train(microbatches, backward)
+        if trace is not None:
+            trace.mark_reduced()
         blocks: dict[str, Any] = {}
         if logs_blocks:
             blocks["block_magnitudes"] = self.block_log.magnitudes()
@@ -187,6 +196,9 @@ class Trainer:
             self.objective.after_step(global_parameters(self.engine.module))
         self.step += 1
         self.updates += applied
+        if trace is not None:
+            trace.mark_updated()
+            self._write(trace, wait_seconds)
         if applied and not self._reports_after(self.step):
             return None, applied  # nothing more is read from the device
         # A loss is known on the rank that evaluates it; elsewhere it counts as 0.
@@ -220,6 +232,14 @@ class Trainer:
             **blocks,
         }
         return row, applied
+
+    def _write(self, trace: StepTrace, wait_seconds: float) -> None:
+        ranks = trace.finish(self.executor.marks, wait_seconds)
+        if dist.get_rank() == 0:
+            plan, schedule = self.prepared.pipeline, self.executor.schedule
+            simulated = simulated_again(self.config, plan, schedule, ranks)
+            shares = write_step_trace(self.config.output, self.step, ranks, simulated)
+            self.progress.print_main(describe(self.step, shares))
 
     def _reports_after(self, step: int) -> bool:
         """Whether a row is due, to be written or to be printed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 from free_port import free_port
 
+from deepmim_scale.analysis.commands import TimelineArguments, run_timeline
 from deepmim_scale.checkpoint import files
+from deepmim_scale.pipeline.draw import timelines_of
+from deepmim_scale.pipeline.ir import COMPUTE_KINDS
 from deepmim_scale.runs.folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +132,8 @@ def test_folded_mirl_with_few_microbatches(photos: str, tmp_path: Path) -> None:
             photos,
             "--output",
             str(run),
+            "--trace",
+            "3",
         )
     )
     warning = "warning: microbatches=2: fewer than the 3 stages, which idle "
@@ -137,3 +143,23 @@ def test_folded_mirl_with_few_microbatches(photos: str, tmp_path: Path) -> None:
     assert set(rows[-1]["losses"]) == {"pair1_6", "pair2_5", "pair3_4"}
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert files.read_tensors(files.resolve(run), "weights").keys() >= {"cls_token", "norm.weight"}
+    check_trace(run, told)
+
+
+def check_trace(run: Path, told: str) -> None:
+    """The traced step has every rank's instructions, and its shares are all of its time."""
+    trace = json.loads((run / "trace_step_00000003.json").read_text())
+    assert "step 3 in shares of its time" in told
+    assert len(trace["shares_by_rank"]) == 3
+    for shares in [trace["shares"], *trace["shares_by_rank"]]:
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares.values()) >= 0
+        assert shares["computing"] > 0
+    measured, simulated = timelines_of(trace).values()
+    expected = {e.instruction for e in simulated.events if e.instruction.kind in COMPUTE_KINDS}
+    ran = [e.instruction for e in measured.events if e.instruction.kind in COMPUTE_KINDS]
+    assert set(ran) == expected
+    assert len(ran) == len(expected)
+    assert sum(simulated.busy) == pytest.approx(sum(measured.busy))
+    run_timeline(TimelineArguments(run=str(run)))
+    assert (run / "timeline.png").stat().st_size > 10_000

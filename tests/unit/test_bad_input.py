@@ -56,6 +56,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["--profile", "--steps", "12"],
         "profile=True: traces steps 11 to 13, the run has 12 steps; give more --steps or leave",
     ),
+    "late trace": (
+        ["--trace", "13", "--steps", "12"],
+        "trace=13: the run has 12 steps; give one of them",
+    ),
     "depth alone": (
         ["--depth", "24"],
         (

@@ -1,5 +1,6 @@
 """Verdicts of the planner, pictures of schedules, and what plan/ imports."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import method_of
 from deepmim_scale.pipeline.builders import SchedulingProblem
-from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt
+from deepmim_scale.pipeline.draw import chrome_trace, draw_gantt, timelines_of
 from deepmim_scale.pipeline.ir import Kind
 from deepmim_scale.pipeline.registry import build_schedule
 from deepmim_scale.plan.cost import (
@@ -303,8 +304,14 @@ def test_svg_of_the_v(tmp_path: Path) -> None:
     )
     draw_gantt(built.timeline, tmp_path / "v.svg", "V")
     assert "deep stage" in (tmp_path / "v.svg").read_text()
-    names = {event["name"] for event in chrome_trace(built.timeline)["traceEvents"]}
+    trace = chrome_trace({"built": built.timeline, "again": built.timeline})
+    names = {event["name"] for event in trace["traceEvents"]}
     assert {"thread_name", "forward 0", "wait for activation"} <= names
+    read = timelines_of(json.loads(json.dumps(trace)))
+    assert list(read) == ["built", "again"]
+    for timeline in read.values():
+        assert timeline.makespan == pytest.approx(built.timeline.makespan)
+        assert timeline.busy == pytest.approx(built.timeline.busy)
 
 
 def test_plan_imports_no_torch() -> None:
