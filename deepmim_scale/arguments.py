@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import time
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -241,6 +242,9 @@ def is_main_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
+SECONDS_TO_SPEAK = 3.0
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run a command; a UserError (exit code 2) or RunFailure (1) becomes one line on stderr."""
     is_main = is_main_process()
@@ -250,6 +254,9 @@ def run_command(command: Callable[[], None]) -> None:
         if is_main:
             # A value may hold line breaks.
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            # A launcher ends all ranks with the first: the one that speaks must not be cut off.
+            time.sleep(SECONDS_TO_SPEAK)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
