@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from deepmim_scale.config import RunConfig
-from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.errors import STOPPED, RunFailure, Stopped, UserError
 from deepmim_scale.flags import (
     MAE_FLAGS,
     check_flags,
@@ -246,7 +246,7 @@ SECONDS_TO_SPEAK = 3.0
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; a UserError (exit code 2) or RunFailure (1) becomes one line on stderr."""
+    """Run a command; UserError (exit code 2), RunFailure (1) and Stopped (75) become one line."""
     is_main = is_main_process()
     try:
         command()
@@ -258,6 +258,11 @@ def run_command(command: Callable[[], None]) -> None:
             # A launcher ends all ranks with the first: the one that speaks must not be cut off.
             time.sleep(SECONDS_TO_SPEAK)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Stopped as stop:
+        if is_main:
+            with contextlib.suppress(OSError):  # whoever stopped it may read no more
+                print(stop, flush=True)
+        sys.exit(STOPPED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

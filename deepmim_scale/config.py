@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 
 from deepmim_scale.methods.base import require
 from deepmim_scale.model_config import ModelConfig, Size
+from deepmim_scale.operation import Operation
 from deepmim_scale.settings import (
     File,
     Folder,
-    FrozenConfig,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -32,7 +32,7 @@ MicrobatchCount = Annotated[int, Field(gt=0, le=MAX_MICROBATCHES)]
 FromStep = Annotated[str, shown_as("STEP", name="from")]
 
 
-class RunConfig(FrozenConfig):
+class RunConfig(Operation):
     """One pre-training run."""
 
     preset: Annotated[str, shown_as("NAME")] = ""
@@ -108,8 +108,6 @@ class RunConfig(FrozenConfig):
     """Fused Triton kernels where the GPU has them, always, or plain torch."""
     compile: bool = False
     """Compile encoder and decoder blocks one by one with torch.compile."""
-    timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0
-    """Longest wait for another process, s."""
     reduction: Literal["overlapped", "coalesced", "per_microbatch"] = "overlapped"
     """Sum gradients over replicas part by part while the last micro-batch is still running, once at
     the end of the step, or after every micro-batch, so that only shards are kept."""
@@ -131,21 +129,12 @@ class RunConfig(FrozenConfig):
     """Smallest area of a random crop, as a share of the image."""
     validate_every: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Epochs between validation losses (needs DIR/val); 0 never."""
-    save_every: NonNegativeInt = 1000
-    """Steps between checkpoints, and one after the last step; 0 never."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept."""
     keep_every: NonNegativeInt = 0
     """Checkpoints after every so many steps are kept for good; 0 keeps the newest only."""
     log_every: PositiveInt = 1
     """Steps between rows of metrics; a step without a row waits for the device once."""
     log_blocks: NonNegativeInt = 0
     """Steps between rows with the residual stream and gradient norm of every block; 0 never."""
-    print_every: PositiveInt = 20
-    """Steps between printed lines; metrics.jsonl has every step."""
-    resume: Literal["auto", "never", "required"] = "auto"
-    """auto: go on where this run stopped; never: only in an empty folder; required: fail unless
-    there is a run to resume."""
     from_step: FromStep = ""
     """Go on from this checkpoint, as step_00000800, 800 or latest; later ones are set aside."""
     trace: NonNegativeInt = 0

@@ -1,4 +1,4 @@
-"""What ends a command in one line: a user's mistake, or a failure that is nobody's mistake."""
+"""What ends a command in one line: a mistake, a failure that is nobody's, or a wish to stop."""
 
 from __future__ import annotations
 
@@ -12,3 +12,14 @@ class RunFailure(RuntimeError):
 
     The message names what broke and the remedy in one line.
     """
+
+
+class Stopped(Exception):
+    """A run saved and ended early, as a signal or a limit wished (exit code STOPPED).
+
+    The message says after which step, where it is saved, and the command that goes on.
+    """
+
+
+# EX_TEMPFAIL of sysexits.h: the same command, given again, goes on.
+STOPPED = 75

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from deepmim_scale.arguments import is_main_process, parse, run_command
-from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.errors import RunFailure, Stopped, UserError
 from deepmim_scale.finetune.presets import FINETUNE_PRESETS, load_finetune_preset
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.flags import check_flags, flags_of, given_flags
 from deepmim_scale.ranks import adopt_ranks, check_ranks
+from deepmim_scale.runs import stop
 from deepmim_scale.runs.lock import held
 from deepmim_scale.settings import shown_as
 
@@ -80,6 +81,7 @@ def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
 def finetune(config: FinetuneConfig) -> None:
     """Fine-tune as `config` says, in the processes that the launcher started."""
     is_main = is_main_process()
+    stop.limit_time(config.stop_after)
     from deepmim_scale.finetune.prepare import describe, prepare
 
     prepared = prepare(config)
@@ -110,6 +112,9 @@ def _run(prepared: PreparedFinetune, is_main: bool) -> None:
         else:
             _train(prepared, device)
         torch.distributed.destroy_process_group()
+    except Stopped:
+        torch.distributed.destroy_process_group()
+        raise
     except (UserError, RunFailure) as error:
         if isinstance(error, BadImage) and not is_main:  # only the rank that decoded it knows
             print(f"error: {error}", file=sys.stderr)
@@ -162,7 +167,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "finetune") -> None:
     adopt_ranks()
     if any(word in ("-h", "--help") for word in words) and not is_main_process():
         return
-    run_command(command)
+    with stop.listening():
+        run_command(command)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from deepmim_scale.data.torch_backend import image_reader
 from deepmim_scale.errors import UserError
 from deepmim_scale.finetune.draws import seed_sample
 from deepmim_scale.finetune.transform import Transform
+from deepmim_scale.runs.stop import ignore_signals
 
 
 class Images(NamedTuple):
@@ -165,6 +166,7 @@ def _load(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # not the stream that drop path draws from
+        worker_init_fn=ignore_signals,
     )
     for images in loader:
         if isinstance(images, BadImage):

@@ -27,6 +27,7 @@ from deepmim_scale.finetune.presets import load_finetune_preset
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.finetune.transform import Transform, evaluation_transform, train_transform
 from deepmim_scale.models.classifier import build_classifier
+from deepmim_scale.operation import Operation
 from deepmim_scale.plan.cost import block_cost
 from deepmim_scale.runs.folder import CONFIG, FINE_TUNED, fine_tuned
 from deepmim_scale.runs.lock import check_free
@@ -34,7 +35,7 @@ from deepmim_scale.runs.resume import check_folder
 from deepmim_scale.train.prepare import batch_line, check_length, check_machine, default_ds_config
 
 # Changing these does not change what is learned.
-_FREE = {
+_FREE = Operation.model_fields.keys() | {
     "preset",
     "data",
     "cache",
@@ -46,12 +47,7 @@ _FREE = {
     "reduction",
     "loader_workers",
     "on_bad",
-    "timeout",
     "validate_every",
-    "save_every",
-    "keep_checkpoints",
-    "print_every",
-    "resume",
 }
 _PATHS = ("weights", "data", "cache", "output", "deepspeed_config")
 

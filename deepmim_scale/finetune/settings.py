@@ -12,12 +12,11 @@ from pydantic import Field, model_validator
 
 from deepmim_scale.config import FromStep, MicrobatchCount, Size
 from deepmim_scale.methods.base import require
+from deepmim_scale.operation import Operation
 from deepmim_scale.settings import (
     File,
     Folder,
-    FrozenConfig,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     shown_as,
@@ -28,7 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 WEIGHTS_HELP = "RUN|CHECKPOINT|FILE"
 
 
-class FinetuneConfig(FrozenConfig):
+class FinetuneConfig(Operation):
     """One fine-tuning run: an encoder of any origin learns the classes of an image folder."""
 
     weights: Annotated[tyro.conf.Positional[str], shown_as(WEIGHTS_HELP)] = ""
@@ -123,19 +122,10 @@ class FinetuneConfig(FrozenConfig):
     """Processes that decode and augment for each rank; 0 leaves it to the rank itself."""
     on_bad: Literal["fail", "replace"] = "fail"
     """A training file that cannot be decoded stops the run, or the next sample replaces it."""
-    timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0
-    """Longest wait for another process, s."""
     validate_every: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Epochs between evaluations; there is one after the last step."""
-    save_every: NonNegativeInt = 1000
-    """Steps between checkpoints, and one after the last step; 0 never."""
     keep_checkpoints: PositiveInt = 1
     """Newest checkpoints kept."""
-    print_every: PositiveInt = 20
-    """Steps between printed lines; metrics.jsonl has every step."""
-    resume: Literal["auto", "never", "required"] = "auto"
-    """auto: go on where this run stopped; never: only in an empty folder; required: fail unless
-    there is a run to resume."""
 
     @property
     def mixes(self) -> bool:

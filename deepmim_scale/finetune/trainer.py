@@ -36,6 +36,7 @@ from deepmim_scale.runs.folder import read_metrics, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
 from deepmim_scale.train.ema import Ema
+from deepmim_scale.train.keeper import Keeper
 from deepmim_scale.train.metrics import MetricsWriter, flop_rates, peak_memory_gib
 from deepmim_scale.train.optim import finetune_groups, learning_rate
 from deepmim_scale.train.progress import Progress
@@ -106,6 +107,7 @@ class Finetuner:
             if note:
                 self.progress.print_main(note)
         check_shared(config.output)
+        keeper = Keeper(config, config.output, self.engine, self.save)
         images = TrainingImages(
             self.prepared.sources.train,
             self.prepared.sources.train_labels,
@@ -120,6 +122,7 @@ class Finetuner:
         try:
             waited = time.perf_counter()
             for batches in iter_steps(images, samples, share, span, config.loader_workers):
+                keeper.ask()
                 row, applied = self.train_step(batches, time.perf_counter() - waited)
                 skipped = 0 if applied else skipped + 1
                 if skipped == MAX_SKIPPED_IN_A_ROW:
@@ -133,8 +136,7 @@ class Finetuner:
                     writer.write(row)
                 self._keep_weights(row)
                 self.progress.step(row, self.total_steps, config.print_every)
-                if config.save_every and (self.step % config.save_every == 0 or self.finished):
-                    self.save()
+                keeper.after_step(self.step, finished=self.finished)
                 waited = time.perf_counter()
         finally:
             self.progress.close()

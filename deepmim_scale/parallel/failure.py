@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 from deepmim_scale.data.stage_exchange import FeedMismatch, PeerFailed
 from deepmim_scale.parallel.executor import Executor
 from deepmim_scale.parallel.watch import place
+from deepmim_scale.runs import stop
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -42,6 +43,8 @@ def leave(error: Exception, executor: Executor | None) -> NoReturn:
     The last line on stderr names rank, host, stage, micro-batch, instruction and function; the
     traceback of an error of its own comes before it.
     """
+    if is_of_peers(error) and stop.may_leave_unsaved():  # they have left for the same reason
+        stop.leave_unsaved(stop.reason())
     sys.stdout.flush()
     if not is_of_peers(error):
         traceback.print_exception(error)

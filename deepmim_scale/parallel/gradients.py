@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,13 @@ class FlatGroup:
         return found
 
 
+class Wishes(NamedTuple):
+    """What a rank asks for after a step. One rank's wish is everyone's; they ride with the norm."""
+
+    stop: bool = False
+    save: bool = False
+
+
 @dataclass
 class _Reduction:
     """A sum that is under way."""
@@ -67,6 +74,10 @@ class GradientReducer:
     """In which gradients travel; None: in their own."""
     norm: float = 0.0
     """Of the last step's gradient over all stages, as the loss scale left it."""
+    wishes: Wishes = field(default_factory=Wishes)
+    """Of this rank, before the norm is taken."""
+    agreed: Wishes = field(default_factory=Wishes)
+    """Of all ranks, afterwards."""
     _running: dict[int, list[_Reduction]] = field(default_factory=dict)
     _shards: dict[int, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)

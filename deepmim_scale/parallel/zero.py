@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepmim_scale.ds_config import precision_of
-from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer, padded_groups
+from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer, Wishes, padded_groups
 from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.parallel.watch import limited
@@ -266,11 +266,15 @@ def gradient_norms(
     The host waits here once for the device; the norm of all of them is the step's veto.
     """
     names = {id(p): owners.index(owner(n)) for n, p in global_parameters(engine.module).items()}
-    squares = torch.zeros(len(owners), device=engine.device)
+    gradients, count = engine.gradients, len(owners)
+    squares = torch.zeros(count + len(Wishes._fields), device=engine.device)
+    for place, wish in enumerate(gradients.wishes):
+        if wish:
+            squares[count + place] = 1.0
     pieces, places = [], []
-    for number, group in enumerate(engine.gradients.groups):
+    for number, group in enumerate(gradients.groups):
         (shard,) = engine.optimizer.averaged_gradients[number]
-        first = dist.get_rank(engine.gradients.process_group) * len(shard)
+        first = dist.get_rank(gradients.process_group) * len(shard)
         for parameter, start, end in group.pieces(first, first + len(shard)):
             pieces.append(shard[start:end])
             places.append(names[id(parameter)])
@@ -280,8 +284,10 @@ def gradient_norms(
         index = torch.tensor(places).to(engine.device, non_blocking=True)
         squares.index_add_(0, index, torch.stack(norms).square())
     dist.all_reduce(squares)  # every rank holds another part of the gradient
-    found: list[float] = squares.double().tolist()
-    engine.gradients.norm = math.sqrt(sum(found)) if math.isfinite(sum(found)) else math.inf
+    values: list[float] = squares.double().tolist()
+    found, wishes = values[:count], values[count:]
+    gradients.agreed = Wishes(*(number > 0 for number in wishes))
+    gradients.norm = math.sqrt(sum(found)) if math.isfinite(sum(found)) else math.inf
     return {n: math.sqrt(x) / loss_scale(engine) for n, x in zip(owners, found, strict=True)}
 
 

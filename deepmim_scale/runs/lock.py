@@ -21,6 +21,8 @@ from pathlib import Path
 from deepmim_scale.arguments import writable
 from deepmim_scale.errors import UserError
 from deepmim_scale.runs.folder import LOCK, writing
+from deepmim_scale.runs.processes import began
+from deepmim_scale.runs.stop import before_leaving
 
 BEAT_SECONDS = 30.0
 # Six beats, since a network's file system may show a touch a minute later.
@@ -46,16 +48,6 @@ class Holder:
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
-def _began(pid: int) -> str:
-    """When a process of this machine began; empty if it is gone."""
-    try:
-        # The name of a program, in parentheses, may hold blanks.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
-
-
 def _machine() -> str:
     # Containers may share a host's name, but not its process ids.
     try:
@@ -74,7 +66,7 @@ def _launch() -> str:
 def _this_process() -> Holder:
     pid = os.getpid()
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    return Holder(socket.gethostname(), pid, _began(pid), _machine(), _launch(), now)
+    return Holder(socket.gethostname(), pid, began(pid), _machine(), _launch(), now)
 
 
 def _read(lock: Path) -> tuple[str, Holder | None] | None:
@@ -93,7 +85,7 @@ def _is_gone(holder: Holder | None) -> bool | None:
     """Whether a process of this machine is gone; None for one of another machine."""
     if holder is None or not holder.machine or holder.machine != _machine():
         return None
-    return _began(holder.pid) != holder.began
+    return began(holder.pid) != holder.began
 
 
 def _in_use(lock: Path, holder: Holder | None) -> UserError:
@@ -122,15 +114,19 @@ def held(run: str | Path) -> Iterator[str]:
         text, note = _take(lock)
     stop = threading.Event()
     threading.Thread(target=_beat, args=(lock, stop), daemon=True).start()
-    try:
-        yield note
-    finally:
+
+    def release() -> None:
         stop.set()
-        found = None
         with contextlib.suppress(OSError):
             found = _read(lock)
             if found is not None and found[0] == text:
                 lock.unlink()
+
+    before_leaving(release)
+    try:
+        yield note
+    finally:
+        release()
 
 
 def _take(lock: Path) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.json_file import read_json
+from deepmim_scale.operation import Operation
 from deepmim_scale.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -29,7 +30,7 @@ from deepmim_scale.runs.folder import (
 from deepmim_scale.settings import pluralize
 
 # Changing these does not change what is trained.
-_FREE = frozenset(
+_FREE = frozenset(Operation.model_fields) | frozenset(
     {
         "preset",
         "data",
@@ -47,7 +48,6 @@ _FREE = frozenset(
         "reduction",
         "kernels",
         "compile",
-        "timeout",
         "loader",
         "decode",
         "loader_threads",
@@ -58,13 +58,9 @@ _FREE = frozenset(
         "stage_to",
         "on_bad",
         "validate_every",
-        "save_every",
-        "keep_checkpoints",
         "keep_every",
         "log_every",
         "log_blocks",
-        "print_every",
-        "resume",
         "from_step",
         "profile",
     }

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from deepmim_scale.arguments import is_main_process, parse_run, run_command
 from deepmim_scale.config import RunConfig
-from deepmim_scale.errors import RunFailure, UserError
+from deepmim_scale.errors import RunFailure, Stopped, UserError
 from deepmim_scale.ranks import adopt_ranks, check_ranks
+from deepmim_scale.runs import stop
 from deepmim_scale.runs.lock import held
 from deepmim_scale.train.prepare import PreparedRun, describe, prepare
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def pretrain(config: RunConfig) -> None:
     """Pre-train as `config` says, in the processes that the launcher started."""
     is_main = is_main_process()
+    stop.limit_time(config.stop_after)
     prepared = prepare(config)
     is_first = os.environ.get("RANK", "0") == "0"
     # Taken before anything is written and before the ranks wait for each other.
@@ -52,6 +54,9 @@ def _train(prepared: PreparedRun, is_main: bool) -> None:
                 f"done: {trainer.step} steps, results in {prepared.config.output}"
             )
         torch.distributed.destroy_process_group()
+    except Stopped:
+        torch.distributed.destroy_process_group()
+        raise
     except (UserError, RunFailure) as error:
         # Only the rank that decoded it knows.
         if isinstance(error, BadImage) and not is_main:
@@ -95,7 +100,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "pretrain") -> None:
 
     if any(word in ("-h", "--help") for word in words) and not is_main_process():
         return
-    run_command(command)
+    with stop.listening():
+        run_command(command)
 
 
 if __name__ == "__main__":

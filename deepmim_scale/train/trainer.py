@@ -43,6 +43,7 @@ from deepmim_scale.runs.folder import CONFIG, write_config, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
 from deepmim_scale.train.block_log import BlockLog
+from deepmim_scale.train.keeper import Keeper
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import peak_learning_rate, run_rate
 from deepmim_scale.train.prepare import PreparedRun
@@ -106,12 +107,14 @@ class Trainer:
             if note:
                 progress.print_main(note)
         check_shared(config.output)
+        keeper = Keeper(config, config.output, self.engine, self.save)
         loader = self.build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
             with self._profiler() as profiler:
                 for batches in loader:
+                    keeper.ask()
                     row, applied = self.train_step(batches, loader.wait_seconds)
                     reading = self.source.report(self.step, loader.wait_seconds)
                     row = row and row | reading
@@ -128,8 +131,7 @@ class Trainer:
                     if writer is not None and row is not None:
                         writer.write(row)
                     progress.step(row, self.total_steps, config.print_every)
-                    if self._saves_after(self.step):
-                        self.save()
+                    keeper.after_step(self.step, finished=self.finished)
                     if profiler is not None:
                         profiler.step()
         finally:
@@ -262,10 +264,6 @@ class Trainer:
         if self.prepared.validation is None or every == 0:
             return False
         return self.finished or int(step / every) > int((step - 1) / every)
-
-    def _saves_after(self, step: int) -> bool:
-        every = self.config.save_every
-        return every > 0 and (step % every == 0 or self.finished)
 
     def validate(self) -> dict[str, Any]:
         """Validation losses under fixed masks, as row entries."""

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "deepmim_scale"
 ORDER = [
     ["errors", "precision", "ranks"],
     ["settings", "json_file"],
+    ["operation"],
     ["methods"],
     ["batch", "images"],
     ["objectives"],

@@ -18,7 +18,7 @@ import pytest
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.presets import load_preset
-from deepmim_scale.runs import lock
+from deepmim_scale.runs import lock, processes
 from deepmim_scale.runs.environment import describe_environment, record_start
 from deepmim_scale.runs.folder import (
     CONFIG,
@@ -261,12 +261,12 @@ def test_a_lock_is_released_after_a_failure(tmp_path: Path) -> None:
 def test_a_process_that_is_gone(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mine = lock._this_process()
-    holder = dataclasses.replace(mine, pid=child.pid, began=lock._began(child.pid))
+    holder = dataclasses.replace(mine, pid=child.pid, began=processes.began(child.pid))
     lock_of(holder, tmp_path)
     with pytest.raises(UserError, match=f"in use by process {child.pid}"):
         lock.check_free(tmp_path)
     child.kill()
-    while lock._began(child.pid):  # it stays a zombie until it is waited for
+    while processes.began(child.pid):  # it stays a zombie until it is waited for
         time.sleep(0.01)
     lock.check_free(tmp_path)
     child.communicate()

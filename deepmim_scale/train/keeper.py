@@ -1,0 +1,56 @@
+"""When a run saves and when it stops: agreed by all ranks with the norm of every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from deepmim_scale.errors import Stopped
+from deepmim_scale.operation import Operation
+from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.gradients import Wishes
+from deepmim_scale.runs import stop
+from deepmim_scale.runs.folder import step_folder
+
+
+class Keeper:
+    """Asks before a step, and saves or stops after it."""
+
+    def __init__(
+        self, config: Operation, output: str, engine: zero.Engine, save: Callable[[], None]
+    ) -> None:
+        self._config, self._output, self._engine, self._save = config, output, engine, save
+        self._saves = config.save_every > 0 or config.save_minutes > 0
+        self._next_save = self._minutes_from_now()
+        stop.begin_steps()
+
+    def _minutes_from_now(self) -> float:
+        minutes = self._config.save_minutes
+        return time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def ask(self) -> None:
+        """Tell the other ranks, with the norm of the step to come, what this one wishes."""
+        # One clock decides when time is up.
+        is_time = dist.get_rank() == 0 and time.monotonic() >= self._next_save
+        self._engine.gradients.wishes = Wishes(bool(stop.reason()), is_time)
+
+    def after_step(self, step: int, *, finished: bool) -> None:
+        """Save if it is due; Stopped if a rank has asked for it."""
+        stop.step_taken()
+        every, agreed = self._config.save_every, self._engine.gradients.agreed
+        by_steps = every > 0 and step % every == 0
+        if self._saves and (by_steps or finished or any(agreed)):
+            self._save()
+            self._next_save = self._minutes_from_now()
+        if agreed.stop and not finished:
+            stop.all_saved()
+            raise Stopped(self._describe(step))
+
+    def _describe(self, step: int) -> str:
+        why = stop.reason() or "a wish of another rank"
+        where = f"saved in {step_folder(self._output, step)}"
+        if not self._saves:
+            where = "nothing is saved, as --save-every 0 says"
+        return f"stopped by {why} after step {step}, {where}; to go on: {stop.command()}"
