@@ -8,8 +8,8 @@ import io
 import os
 import re
 import sys
-import time
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
