@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Annotated, Any, Protocol, Self
 
 import tyro
@@ -28,6 +29,23 @@ def shown_as(metavar: str, text: str | None = None, name: str | None = None) -> 
 
 Folder = Annotated[str, shown_as("DIR")]
 File = Annotated[str, shown_as("FILE")]
+
+
+def comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> Any:
+    """A flag of one word whose parts `read` takes apart."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+Names = Annotated[
+    tuple[str, ...],
+    comma_separated(lambda text: tuple(dict.fromkeys(text.split(","))), "NAME,NAME,..."),
+]
 
 _TYPE_RULES = {
     "finite_number": "must be finite",

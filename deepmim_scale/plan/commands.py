@@ -13,12 +13,13 @@ from pydantic import Field
 from deepmim_scale.arguments import difference, writable
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.plan.calibrate import calibrated
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup, network_gbytes
 from deepmim_scale.plan.planner import enumerate_plans
 from deepmim_scale.plan.planner import to_json as plans_to_json
 from deepmim_scale.plan.row import Cluster, Plan
 from deepmim_scale.presets import load_preset
-from deepmim_scale.settings import FrozenConfig, NonNegativeFloat, PositiveInt
+from deepmim_scale.settings import FrozenConfig, Names, NonNegativeFloat, PositiveInt
 
 JsonPath = Annotated[str, tyro.conf.arg(name="json")]
 
@@ -42,6 +43,8 @@ class PlanArguments(FrozenConfig):
     """Share of the line that transfers get; `doctor` measures it."""
     network_latency: NonNegativeFloat = 0.0
     """Of a message between nodes, microseconds."""
+    calibrate: Names = ()
+    """Runs with traced steps (`--trace N`), of several depths: rates are theirs, not assumed."""
     global_batch: PositiveInt | None = None
     """Images per optimizer step (default: the preset's)."""
     json_path: JsonPath = ""
@@ -60,6 +63,9 @@ def plan(args: PlanArguments) -> None:
         network_gbytes(args.network) * args.network_efficiency,
         args.network_latency * 1e-6,
     )
+    if args.calibrate:
+        cluster = calibrated(cluster, args.calibrate)
+        print(_rates(cluster))
     plans = enumerate_plans(args.model, cluster, global_batch)
     if args.json_path:
         Path(args.json_path).write_text(json.dumps(plans_to_json(plans), indent=1))
@@ -80,6 +86,17 @@ def plan(args: PlanArguments) -> None:
     for row in _shown(plans, executed=False):
         print(_plan_line(row))
     print(_verdict(plans))
+
+
+def _rates(cluster: Cluster) -> str:
+    calibration = cluster.calibration
+    assert calibration is not None, "only a calibrated cluster has rates"
+    lines = ["measured rates, by instruction: GFLOP/s, us per block, us per image"]
+    for (kind, split), (flop, block, image) in calibration.coefficients.items():
+        rate = f"{1e-9 / flop:10.1f}" if flop else "         -"
+        name = f"{kind} (inputs)" if split and kind.endswith("_backward") else kind
+        lines.append(f"  {name:28s}{rate} {1e6 * block:10.1f} {1e6 * image:10.1f}")
+    return "\n".join(lines)
 
 
 def _shown(plans: list[Plan], *, executed: bool) -> list[Plan]:

@@ -66,7 +66,12 @@ def data_parallel(
     flops = cost.executed.training_flops + recomputed_flops(model, recompute)
     # The teacher has no backward pass.
     flops -= cost.teacher.backward_flops
-    compute = count * flops / flops_rate(cluster, microbatch)
+    if cluster.calibration is None:
+        compute = count * flops / flops_rate(cluster, microbatch)
+    else:
+        again = 1 + recomputed_flops(model, recompute) / cost.executed.training_flops
+        whole = cluster.calibration.whole(model, 0, model.depth, microbatch)
+        compute = microbatches * whole * again
     sums = gradient_traffic_bytes(cost, replicas)
     gathers = 2 * microbatches if kind == "zero3" else 1
     gather = "16bit" if kind == "zero3" else gather

@@ -69,9 +69,11 @@ def partition(
     num_stages: int,
     stage_bytes: Callable[[int, StageCost], float] = lambda stage, cost: 0.0,
     memory_limit: float = math.inf,
+    seconds: Callable[[int, int], float] | None = None,
 ) -> Layout:
     """The layout whose slowest stage runs the fewest FLOPs (the teacher's too) under a memory cap.
 
+    `seconds(first, last)` of the work on blocks replaces the FLOPs.
     `stage_bytes(stage, cost)` is what a stage of that number needs. MIRL is cut into equal runs of
     segments. Raises UserError when no layout fits.
     """
@@ -82,7 +84,7 @@ def partition(
     cuts = minimax_cuts(
         config.depth,
         num_stages,
-        lambda first, last: stage_cost(config, first, last).executed.training_flops,
+        seconds or (lambda first, last: stage_cost(config, first, last).executed.training_flops),
         lambda stage, first, last: (
             stage_bytes(stage, stage_cost(config, first, last)) <= memory_limit
         ),

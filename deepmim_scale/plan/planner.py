@@ -140,11 +140,16 @@ def predict(
         activations = in_flight * microbatch * cost.whole.activation_bytes
         return zero2_state_bytes(cost, replicas, reduction) + activations
 
-    plan = predicted(layout_of(model, stages, placement))
+    def seconds(first: int, last: int) -> float:
+        assert cluster.calibration is not None, "only a calibrated cut asks for seconds"
+        return cluster.calibration.whole(model, first, last, microbatch)
+
+    cut_by = seconds if cluster.calibration else None
+    plan = predicted(layout_of(model, stages, placement, seconds=cut_by))
     if not plan.fits:
         with contextlib.suppress(UserError):  # no cut fits
             limit = usable_bytes(cluster.gpu)
-            return predicted(layout_of(model, stages, placement, stage_bytes, limit))
+            return predicted(layout_of(model, stages, placement, stage_bytes, limit, cut_by))
     return plan
 
 
@@ -174,6 +179,7 @@ def _predict(
         reduction=lambda part: replica_seconds(
             cluster, replicas, gradient_traffic_bytes(part, replicas)
         ),
+        calibration=cluster.calibration,
     )
     held = [
         [stage_cost(model, layout[s].first, layout[s].last) for s in pipeline.stages_of(rank)]

@@ -9,6 +9,7 @@ from deepmim_scale.methods.base import Placement
 from deepmim_scale.pipeline.ir import Reduction
 from deepmim_scale.plan.cost import Recompute, WeightGather
 from deepmim_scale.plan.hardware import Gpu
+from deepmim_scale.plan.rates import Calibration
 
 MEMORY_SHARE = 0.9
 """Of a GPU's memory; the rest is for communication buckets, work space and fragmentation."""
@@ -25,6 +26,8 @@ class Cluster:
     """What transfers get of a node's card, per direction, GB/s."""
     latency_seconds: float = 0.0
     """That a message between nodes takes beside its bytes."""
+    calibration: Calibration | None = None
+    """What instructions take on these GPUs; without it their FLOPs at `Gpu.utilization`."""
 
     @property
     def num_gpus(self) -> int:

@@ -14,6 +14,7 @@ from deepmim_scale.pipeline.simulate import Memory
 from deepmim_scale.plan.cost import Cost, StageCost, decoder_cost, stage_cost
 from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, partition
+from deepmim_scale.plan.rates import Calibration, flops_by_kind
 
 MAX_PIECES = 6
 """Of a part of a stage whose gradients are summed one after another."""
@@ -32,10 +33,14 @@ def layout_of(
     placement: Placement = "linear",
     stage_bytes: Callable[[int, StageCost], float] = lambda stage, cost: 0.0,
     memory_limit: float = float("inf"),
+    seconds: Callable[[int, int], float] | None = None,
 ) -> Layout:
-    """Stages of a pipeline of `num_ranks`: on the V two per rank, one segment each."""
+    """Stages of a pipeline of `num_ranks`: on the V two per rank, one segment each.
+
+    They are cut by FLOPs, or by the `seconds` of all work between two blocks.
+    """
     folded = placement == "v" and num_ranks > 1
-    return partition(model, num_ranks * (2 if folded else 1), stage_bytes, memory_limit)
+    return partition(model, num_ranks * (2 if folded else 1), stage_bytes, memory_limit, seconds)
 
 
 def pipeline_of(
@@ -66,35 +71,34 @@ def times_of(
     split: bool = False,
     reduction: Callable[[StageCost], float] = lambda part: 0.0,
     lanes: Callable[[int, int], tuple[str, ...]] = lambda source, target: (),
+    calibration: Calibration | None = None,
 ) -> Durations:
     """Durations in proportion to FLOPs, and transfers to bytes (autocast) and latency.
 
     With `split` the backward kinds stand for gradients with respect to inputs only. The teacher
     runs where a stage's first loss is evaluated, once for all its decoders. `reduction` gives
     the seconds to sum the gradients of a part over the replicas, `lanes` what a message from one
-    stage to another shares with others.
+    stage to another shares with others. A `calibration` replaces the rate.
     """
     pieces: dict[tuple[Kind, int], int] = {}
     compute: dict[tuple[Kind, int], float] = {}
     for index, stage in enumerate(layout):
         cost = stage_cost(model, stage.first, stage.last)
         encoder, decoders = cost.encoder, cost.decoders
-        decoder_backward = decoders.input_gradient_flops if split else decoders.backward_flops
-        flops: dict[Kind, int] = {
-            "forward": encoder.forward_flops,
-            "encoder_backward": encoder.input_gradient_flops if split else encoder.backward_flops,
-            "encoder_weight_gradient": encoder.weight_gradient_flops,
-            "decoder_forward": decoders.forward_flops,
-            "decoder_backward": cost.teacher.forward_flops + decoder_backward,
-            "decoder_weight_gradient": decoders.weight_gradient_flops,
-        }
-        flops["decoder"] = flops["decoder_forward"] + flops["decoder_backward"]
         compute["reduce_encoder", index] = reduction(StageCost(encoder, Cost(), Cost()))
         compute["reduce_decoders", index] = reduction(StageCost(Cost(), decoders, Cost()))
         blocks = stage.last - stage.first
         pieces["reduce_encoder", index] = num_pieces(blocks, encoder.trainable)
         pieces["reduce_decoders", index] = num_pieces(len(stage.decoders), decoders.trainable)
-        compute |= {(k, index): microbatch * n / flops_per_second for k, n in flops.items()}
+        seconds: Mapping[Kind, float] = (
+            calibration.of_stage(model, stage.first, stage.last, microbatch, split)
+            if calibration
+            else {
+                kind: microbatch * flops / flops_per_second
+                for kind, flops in flops_by_kind(cost, split).items()
+            }
+        )
+        compute |= {(kind, index): value for kind, value in seconds.items()}
     messages = transfers_of(model, layout, microbatch)
     shared: dict[tuple[Payload | None, int | None], tuple[str, ...]] = {
         (m.payload, m.source): lanes(m.source, m.target) for m in messages

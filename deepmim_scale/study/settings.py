@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from deepmim_scale.pipeline.registry import BASELINE, DEFAULT, trainable_schedul
 from deepmim_scale.plan.hardware import GPUS, lookup, network_gbytes
 from deepmim_scale.plan.row import Cluster
 from deepmim_scale.presets import load_preset
-from deepmim_scale.settings import File, Folder, FrozenConfig
+from deepmim_scale.settings import File, Folder, FrozenConfig, Names, comma_separated
 
 RESULTS = "study.json"
 RUNS = "runs"
@@ -60,23 +59,7 @@ def _numbers(key: str) -> Any:
         except ValueError:
             raise UserError(f"{key}={text}: must be whole numbers as 12,24") from None
 
-    return _comma_separated(read, "N,N,...")
-
-
-def _comma_separated(read: Callable[[str], tuple[Any, ...]], metavar: str) -> Any:
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    )
-
-
-Names = Annotated[
-    tuple[str, ...],
-    _comma_separated(lambda text: tuple(dict.fromkeys(text.split(","))), "NAME,NAME,..."),
-]
+    return comma_separated(read, "N,N,...")
 
 
 class StudyArguments(FrozenConfig):
@@ -116,7 +99,7 @@ class StudyArguments(FrozenConfig):
     """DeepSpeed's list of machines, see launcher/hostfile.example."""
     evaluate: Annotated[
         tuple[str, ...],
-        _comma_separated(
+        comma_separated(
             lambda text: tuple(word.strip() for word in text.split(",")), "NAME [FLAGS],..."
         ),
     ] = ()

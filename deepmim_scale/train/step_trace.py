@@ -15,7 +15,8 @@ A rank's step is cut into shares of its whole time, from the wait for images to 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class RankTrace:
     """When the gradients were summed."""
     updated: float
     """When the step was over."""
+    host: str
 
     def shares(self) -> dict[str, float]:
         """Share of the step by what the rank did; they add up to 1."""
@@ -86,7 +88,8 @@ class StepTrace:
             return self._clock.seconds(self._began, mark)
 
         spans = [(step, since(start), since(end)) for step, start, end in marks]
-        mine = RankTrace(spans, data, since(self._reduced), since(self._updated))
+        ends = since(self._reduced), since(self._updated)
+        mine = RankTrace(spans, data, *ends, socket.gethostname())
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return everyone
@@ -107,14 +110,20 @@ def simulated_again(
 
 
 def write_step_trace(
-    folder: str, step: int, ranks: Sequence[RankTrace], simulated: Timeline
+    folder: str,
+    step: int,
+    facts: Mapping[str, Any],
+    ranks: Sequence[RankTrace],
+    simulated: Timeline,
 ) -> dict[str, float]:
-    """Write the step of all ranks as a Chrome trace; the mean shares of the ranks."""
+    """Write the step of all ranks as a Chrome trace with `facts`; the mean shares of the ranks."""
     events = [Event(rank, *span) for rank, trace in enumerate(ranks) for span in trace.spans]
     shares = [trace.shares() for trace in ranks]
     mean = {name: sum(share[name] for share in shares) / len(shares) for name in shares[0]}
     content = chrome_trace({MEASURED: timeline_of(events, len(ranks)), SIMULATED: simulated})
-    content |= {"step": step, "shares": mean, "shares_by_rank": shares}
+    content |= {"step": step, "shares": mean, "shares_by_rank": shares, **facts}
+    content["reduction_seconds"] = max(trace.reduced - trace.spans[-1][2] for trace in ranks)
+    content["num_hosts"] = len({trace.host for trace in ranks})
     with writing(folder):
         (Path(folder) / TRACES.replace("*", f"{step:08d}")).write_text(json.dumps(content))
     return mean

@@ -240,7 +240,13 @@ class Trainer:
         if dist.get_rank() == 0:
             plan, schedule = self.prepared.pipeline, self.executor.schedule
             simulated = simulated_again(self.config, plan, schedule, ranks)
-            shares = write_step_trace(self.config.output, self.step, ranks, simulated)
+            facts = {
+                "layout": plan.text,
+                "split_backward": schedule.style.split_backward,
+                "precision": precision_of(self.prepared.ds_config),
+                "num_replicas": self.prepared.batch.num_replicas,
+            }
+            shares = write_step_trace(self.config.output, self.step, facts, ranks, simulated)
             self.progress.print_main(describe(self.step, shares))
 
     def _reports_after(self, step: int) -> bool:
