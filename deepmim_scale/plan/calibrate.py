@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.json_file import read_json
@@ -118,6 +116,8 @@ def _fit_kind(samples: Sequence[Sample]) -> Features:
 
     Of the fits that are equally good the first is taken: FLOPs before blocks before images.
     """
+    import numpy as np  # here: commands that fit nothing start without it
+
     # Relative errors: every sample's time becomes 1.
     rows = np.array([sample.features for sample in samples])
     rows /= np.array([[sample.seconds] for sample in samples])
