@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.backbones import BACKBONES, save_backbone
+from deepmim_scale.checkpoint.load import load_weights
 from deepmim_scale.checkpoint.official import official_names, renamed
-from deepmim_scale.checkpoint.save import load_weights
 from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.methods import decoder_names, method_of

@@ -26,7 +26,7 @@ def fresh(config: RunConfig) -> Model:
 def trained(run: str, from_step: str = "") -> Model:
     """The whole model of a run with the weights of a checkpoint (default: the newest)."""
     from deepmim_scale.checkpoint.files import resolve
-    from deepmim_scale.checkpoint.save import load_weights
+    from deepmim_scale.checkpoint.load import load_weights
 
     model = fresh(load_run_config(run))
     load_weights(resolve(run, from_step), model)

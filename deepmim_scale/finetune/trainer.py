@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepmim_scale.checkpoint import files
-from deepmim_scale.checkpoint.save import (
+from deepmim_scale.checkpoint.load import (
     load_learned,
     load_optimizer,
     load_weights,
-    save_checkpoint,
 )
+from deepmim_scale.checkpoint.saver import Saver
 from deepmim_scale.config import num_steps
 from deepmim_scale.data.step_loader import Share, Span
 from deepmim_scale.ds_config import precision_of
@@ -31,6 +31,7 @@ from deepmim_scale.finetune.mixing import Mixing
 from deepmim_scale.finetune.prepare import PreparedFinetune, write_config
 from deepmim_scale.finetune.recipe import build_loss
 from deepmim_scale.parallel import zero
+from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.runs.environment import record_start
 from deepmim_scale.runs.folder import read_metrics, writing
 from deepmim_scale.runs.resume import set_aside
@@ -70,7 +71,8 @@ class Finetuner:
         if self.start.checkpoint is not None:
             load_weights(self.start.checkpoint, model)
         model.to(device)
-        self.engine = _build_engine(prepared, model, device)
+        self.grid = zero.build_grid(1)
+        self.engine = _build_engine(prepared, model, self.grid)
         self.model = self.engine.module
         self.average: Ema | None = None
         if self.config.ema_decay:
@@ -107,7 +109,10 @@ class Finetuner:
             if note:
                 self.progress.print_main(note)
         check_shared(config.output)
-        keeper = Keeper(config, config.output, self.engine, self.save)
+        saver = Saver(
+            config.output, self.engine, self.average, self.grid, keep=config.keep_checkpoints
+        )
+        keeper = Keeper(config, config.output, self.engine, saver, self.checkpoint_state)
         images = TrainingImages(
             self.prepared.sources.train,
             self.prepared.sources.train_labels,
@@ -130,6 +135,7 @@ class Finetuner:
                         f"blr={config.blr}: {skipped} steps in a row had no finite gradient; "
                         "start again with a lower one or with --clip-grad"
                     )
+                row |= keeper.figures()
                 if self._evaluates_after(self.step):
                     row |= self.evaluate()
                 if writer is not None:
@@ -244,10 +250,9 @@ class Finetuner:
             with writing(self.config.output):
                 write_weights(self.prepared, weights, summary[0], names)
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step and drop the oldest ones."""
-        config = self.config
-        state = CheckpointState(
+    def checkpoint_state(self) -> CheckpointState:
+        """The place in the run, as a checkpoint tells it."""
+        return CheckpointState(
             step=self.step,
             updates=self.updates,
             total_steps=self.total_steps,
@@ -256,17 +261,10 @@ class Finetuner:
             precision=self.precision,
             num_stages=1,
         )
-        writes = self.rank == 0
-        save_checkpoint(
-            config.output, self.engine, self.average, stage=0, writes=writes, state=state
-        )
-        if writes:
-            with writing(config.output):
-                files.prune(config.output, config.keep_checkpoints)
 
 
 def _build_engine(
-    prepared: PreparedFinetune, model: torch.nn.Module, device: torch.device
+    prepared: PreparedFinetune, model: torch.nn.Module, grid: ProcessGrid
 ) -> zero.Engine:
     config = prepared.config
     assert config.optimizer in ("adamw", "apex"), "the settings know two optimizers"
@@ -276,7 +274,7 @@ def _build_engine(
         betas=(config.beta1, config.beta2),
         eps=config.eps,
     )
-    return zero.build_engine(model, optimizer, prepared.ds_config, zero.build_grid(1))
+    return zero.build_engine(model, optimizer, prepared.ds_config, grid)
 
 
 def evaluate_once(prepared: PreparedFinetune, device: torch.device) -> Counter:

@@ -52,6 +52,8 @@ class Wishes(NamedTuple):
 
     stop: bool = False
     save: bool = False
+    fail: bool = False
+    """Its last save could not be written."""
 
 
 @dataclass

@@ -18,13 +18,17 @@ from torch.distributed import distributed_c10d
 from deepmim_scale.parallel.watch import limited
 
 
-def make_group(groups: Sequence[Sequence[int]], timeout: timedelta | None = None) -> Any:
+def make_group(
+    groups: Sequence[Sequence[int]], timeout: timedelta | None = None, backend: str | None = None
+) -> Any:
     """This rank's group of disjoint ones (a group of its own where it is in none), in one round."""
     me = dist.get_rank()
     mine = next((ranks for ranks in groups if me in ranks), [me])
     timeout = timeout or distributed_c10d.default_pg_timeout
     with limited(timeout.total_seconds()):
-        return dist.new_group(list(mine), timeout=timeout, use_local_synchronization=True)
+        return dist.new_group(
+            list(mine), timeout=timeout, backend=backend, use_local_synchronization=True
+        )
 
 
 class ProcessGrid:
@@ -34,10 +38,13 @@ class ProcessGrid:
         world, me = dist.get_world_size(), dist.get_rank()
         num_replicas = world // num_stages
         self._stage, self._replica = divmod(me, num_replicas)
-        stages = [list(range(s * num_replicas, (s + 1) * num_replicas)) for s in range(num_stages)]
+        self.stage_groups = [
+            list(range(s * num_replicas, (s + 1) * num_replicas)) for s in range(num_stages)
+        ]
+        """Ranks of each stage, a replica each."""
         self.pipe_groups = [list(range(r, world, num_replicas)) for r in range(num_replicas)]
         """Ranks of each replica's pipeline, in the order of its stages."""
-        self._data_parallel_group = make_group(stages)
+        self._data_parallel_group = make_group(self.stage_groups)
         self._pipe_group = make_group(self.pipe_groups)
 
     def get_stage_id(self) -> int:

@@ -43,7 +43,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -340,15 +339,14 @@ def _link_optimizer_state(engine: Engine) -> None:
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def optimizer_state(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
-    """AdamW's moments of this stage in full, as `exp_avg/<name>`, in the manner of the weights."""
-    _link_optimizer_state(engine)
-    found = (
-        (f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment))
-        for name, parameter in _trainable(engine)
-        for moment in MOMENTS
-    )
-    return {name: value.cpu() for name, value in found if keep}
+def shards(engine: Engine) -> Iterator[tuple[Tensor, ...]]:
+    """This rank's part of each parameter group: fp32 weights and both moments, each [n]."""
+    zero = engine.optimizer
+    for flat in zero.single_partition_of_fp32_groups:
+        # No state before a first update: AdamW then begins with zeros.
+        state = zero.optimizer.state.get(flat, {})
+        none = None if state else torch.zeros_like(flat)
+        yield (flat.detach(), *(state.get(moment, none) for moment in MOMENTS))
 
 
 def load_optimizer_state(engine: Engine, state: dict[str, Tensor], step: int) -> None:

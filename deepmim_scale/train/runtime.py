@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from deepmim_scale.checkpoint.initial import Initial, put
-from deepmim_scale.checkpoint.save import load_learned, load_optimizer, load_weights
+from deepmim_scale.checkpoint.load import load_learned, load_optimizer, load_weights
 from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.models.blocks import compile_blocks

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepmim_scale.batch import Batch
-from deepmim_scale.checkpoint import files
-from deepmim_scale.checkpoint.save import save_checkpoint
+from deepmim_scale.checkpoint.saver import Saver
 from deepmim_scale.config import ModelConfig, num_steps
 from deepmim_scale.data.choose_backend import build_backend
 from deepmim_scale.data.source import Source
@@ -107,7 +106,15 @@ class Trainer:
             if note:
                 progress.print_main(note)
         check_shared(config.output)
-        keeper = Keeper(config, config.output, self.engine, self.save)
+        saver = Saver(
+            config.output,
+            self.engine,
+            self.objective,
+            self.grid,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+        )
+        keeper = Keeper(config, config.output, self.engine, saver, self.checkpoint_state)
         loader = self.build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
@@ -117,7 +124,7 @@ class Trainer:
                     keeper.ask()
                     row, applied = self.train_step(batches, loader.wait_seconds)
                     reading = self.source.report(self.step, loader.wait_seconds)
-                    row = row and row | reading
+                    row = row and row | reading | keeper.figures()
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
                         raise RunFailure(
@@ -313,29 +320,17 @@ class Trainer:
             f"ms per step, idle share {built.timeline.idle_fraction:.1%}"
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step and drop the oldest ones."""
-        config = self.config
-        state = CheckpointState(
+    def checkpoint_state(self) -> CheckpointState:
+        """The place in the run, as a checkpoint tells it."""
+        return CheckpointState(
             step=self.step,
             updates=self.updates,
             total_steps=self.total_steps,
             global_batch=self.prepared.batch.global_batch,
             manifest_sha=self.prepared.train.sha,
             precision=precision_of(self.prepared.ds_config),
-            num_stages=config.stages,
+            num_stages=self.config.stages,
         )
-        save_checkpoint(
-            config.output,
-            self.engine,
-            self.objective,
-            stage=self.pp_rank,
-            writes=self.dp_rank == 0,
-            state=state,
-        )
-        if dist.get_rank() == 0:
-            with writing(config.output):
-                files.prune(config.output, config.keep_checkpoints, config.keep_every)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[torch.profiler.profile | None]:

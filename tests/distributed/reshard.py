@@ -18,11 +18,12 @@ import torch
 import torch._inductor.compile_fx  # DeepSpeed needs it: imported once, before the legs are forked
 import torch.distributed as dist
 from free_port import free_port
+from optimizer_state import optimizer_state
 from pipelines import LEARNING_RATE, Pipeline, micro_batch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepmim_scale.checkpoint.save import save_checkpoint
+from deepmim_scale.checkpoint.saver import Saver
 from deepmim_scale.objectives import build_objective
 from deepmim_scale.parallel import zero
 from deepmim_scale.runs.state import CheckpointState
@@ -45,7 +46,7 @@ def everything(pipeline: Pipeline) -> dict[str, Tensor]:
     """Weights, fp32 masters, both moments and step counts of all stages, on every rank."""
     engine = pipeline.engine
     weights = {n: p for n, p in pipeline.whole().items() if "pos_embed" not in n}
-    mine = zero.optimizer_state(engine)
+    mine = optimizer_state(engine)
     mine |= {f"master/{n}": value for n, value in zero.master_weights(engine).items()}
     counts = [float(state["step"]) for state in engine.optimizer.optimizer.state.values()]
     mine["step"] = torch.tensor([min(counts), max(counts)])
@@ -84,15 +85,11 @@ def run_leg(folder: Path, number: int, case: dict[str, Any], rank: int, port: in
         precision="fp32",
         num_stages=case["stages"],
     )
-    save_checkpoint(
-        str(folder),
-        pipeline.engine,
-        build_objective(pipeline.config.model),
-        stage=pipeline.rank,
-        writes=pipeline.replica == 0,
-        state=state,
-    )
-    take_step(pipeline, done)
+    objective = build_objective(pipeline.config.model)
+    saver = Saver(str(folder), pipeline.engine, objective, pipeline.grid, keep=9)
+    saver.save(state)
+    take_step(pipeline, done)  # while the checkpoint is being written
+    saver.wait()
     moments["next"] = everything(pipeline)
     if rank == 0:
         for name, tensors in moments.items():

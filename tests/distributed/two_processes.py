@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from optimizer_state import optimizer_state
 from torch import Tensor
 
 from deepmim_scale.config import ModelConfig
@@ -157,7 +158,7 @@ def check_state_round_trip(grid: Any) -> dict[str, bool]:
     for step in range(2):
         one_step(model, engine, step, 1, "coalesced", joint=False)
         zero.apply_step(engine, LEARNING_RATE)
-    state = zero.optimizer_state(engine)
+    state = optimizer_state(engine)
     saved = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     second = build_model(debug, seed=1)
@@ -165,7 +166,7 @@ def check_state_round_trip(grid: Any) -> dict[str, bool]:
         parameter.data.copy_(saved[name])
     _, second_engine = engine_for(1, grid, model=second)
     zero.load_optimizer_state(second_engine, state, step=2)
-    loaded = zero.optimizer_state(second_engine)
+    loaded = optimizer_state(second_engine)
     same_state = all(torch.equal(state[key], loaded[key]) for key in state)
     for each, each_engine in ((model, engine), (second, second_engine)):
         one_step(each, each_engine, 2, 1, "coalesced", joint=False)

@@ -20,6 +20,7 @@ from PIL import Image
 from deepmim_scale.errors import STOPPED
 from deepmim_scale.operation import Operation, seconds_of
 from deepmim_scale.runs import stop
+from deepmim_scale.runs.folder import read_metrics
 
 STEPS = 40
 WORDS = [*SMALL, "--steps", str(STEPS), "--save-every", "1000"]
@@ -79,9 +80,12 @@ def test_a_launcher_is_terminated(
         first.kill()
     check_stopped(first, rows)
     saved = last_saved(run)
-    again = Launch("python", run, *words)
+    again = Launch("python", run, *words, "--save-every", "0", "--save-minutes", "0.0001")
     assert again.end() == 0, again.said
     assert f"resuming after step {saved} from" in again.said
+    stalls = [row["save_stall_ms"] for row in read_metrics(run) if "save_stall_ms" in row]
+    assert all(stall > 0 for stall in stalls)
+    assert stalls, "a checkpoint is due by time in every step"
     assert digest(run) == clean
 
 
