@@ -11,7 +11,7 @@ PINS := $(if $(TORCH_INDEX),,-c constraints.txt)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-all pretrain finetune study test coverage soak lint
+.PHONY: setup setup-all pretrain finetune study test coverage soak lint test-cluster test-slurm
 
 setup: .venv/.setup
 setup-all: .venv/.setup-all
@@ -76,3 +76,10 @@ lint: setup-all
 	ruff format --check .
 	codespell
 	mypy
+
+# Several hosts, and Slurm, in namespaces of this machine: root, Debian's packages, <= 10 minutes each.
+test-cluster: setup-all
+	python tests/cluster/run.py cluster
+
+test-slurm: setup-all
+	python tests/cluster/run.py slurm

@@ -25,6 +25,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "schedule",
         "build, simulate and draw a step's schedule",
     ),
+    "ranks": (
+        "plan.rank_map",
+        "RankMapArguments",
+        "run_rank_map",
+        "which GPU of which host holds which stage",
+    ),
     "study": (
         "study.commands",
         "StudyArguments",
@@ -135,6 +141,7 @@ def _overview(group: str = "") -> str:
     if not group:
         lines.insert(0, f"  {'pretrain':26s}pre-train in one process (see launcher/ for more)")
         lines.insert(1, f"  {'finetune':26s}fine-tune an encoder on your classes, likewise")
+        lines.insert(2, f"  {'doctor':26s}check machines and network, likewise")
     usage = f"usage: deepmim-scale {f'{group} ' if group else ''}COMMAND [OPTIONS]"
     return "\n".join(
         [usage, "", *lines, "", "Every command has --help; --version says which release this is."]
@@ -175,6 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from deepmim_scale.finetune.command import main as finetune
 
         finetune(words[1:], prog="deepmim-scale finetune")
+        return
+    if words and words[0] == "doctor":
+        from deepmim_scale.doctor.command import main as doctor
+
+        doctor(words[1:])
         return
     run_command(lambda: _dispatch(words))
 

@@ -1,5 +1,20 @@
 #!/usr/bin/env bash
-# NGPU=8 launcher/run.sh --preset deepmim_vit_b_12 --data DIR: one node, all its accelerators.
+# One node:       NGPU=8 launcher/run.sh --preset deepmim_vit_b_12 --data DIR
+# Several nodes:  HOSTFILE=hosts launcher/run.sh --preset ...
+# ENTRY=launcher/finetune.py fine-tunes instead.
 set -euo pipefail
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec deepspeed --num_accelerators "${NGPU:-1}" "$(dirname "$0")/pretrain.py" "$@"
+here=$(dirname "$0")
+. "$here/environment.sh"
+if [ -n "${HOSTFILE:-}" ]; then
+  where=(--hostfile "$HOSTFILE")
+  hosts=(--hostfile "$HOSTFILE")
+else
+  where=(--num_accelerators "${NGPU:-1}")
+  hosts=(--gpus-per-node "${NGPU:-1}")
+fi
+line=(deepspeed "${where[@]}" "${ENTRY:-$here/pretrain.py}" "$@")
+printf 'runs:'
+printf ' %q' "${line[@]}"
+echo
+deepmim-scale ranks "${hosts[@]}" -- "$@"
+exec "${line[@]}"

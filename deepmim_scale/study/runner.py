@@ -18,9 +18,12 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from deepmim_scale.runs.folder import METRICS, read_metrics
+from deepmim_scale.errors import STOPPED
+from deepmim_scale.plan.rank_map import read_hostfile
+from deepmim_scale.runs.folder import CHECKPOINTS, METRICS, list_checkpoints, read_metrics
 from deepmim_scale.study.cells import Cell
 from deepmim_scale.study.settings import RUNS, StudyArguments
+from deepmim_scale.study.slurm import ONLY_AT_STOPS, launch_words
 
 PRETRAIN = "deepmim_scale.train.pretrain"
 EXIT_CODE = "exit code"  # begins the last line of a log
@@ -61,6 +64,9 @@ def launch_command(args: StudyArguments, cell: Cell, run: str) -> list[str]:
     words = [*cell.job.words, "--output", str(run_folder(args, run))]
     if args.evaluate:
         words += ["--seed", run.rpartition("_r")[2]]
+    if args.only:  # in a job of Slurm
+        words = [*words, *([] if args.evaluate else ONLY_AT_STOPS)]
+        return [*launch_words(args), sys.executable, "-m", PRETRAIN, *words]
     if args.processes == 1:
         return [sys.executable, "-m", PRETRAIN, *words]
     launcher = [
@@ -81,14 +87,18 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(args: StudyArguments, cell: Cell, repeat: int) -> None:
-    """Run a cell afresh; what it prints goes to RUNS/<run>.log, and its exit code at the end."""
+def launch(args: StudyArguments, cell: Cell, repeat: int) -> int:
+    """Run a cell; what it prints goes to RUNS/<run>.log, and its exit code, returned, at the end.
+
+    One that was cut off begins again, unless it kept a checkpoint, as in a job of Slurm.
+    """
     run = cell.run(repeat)
     folder = run_folder(args, run)
-    shutil.rmtree(folder, ignore_errors=True)  # the beginning of a run that was cut off
+    if not (args.only and list_checkpoints(folder)):
+        shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with log_of(args, run).open("w") as log:
+    with log_of(args, run).open("a" if args.only else "w") as log:
         done = subprocess.run(
             launch_command(args, cell, run),
             stdout=log,
@@ -97,7 +107,22 @@ def launch(args: StudyArguments, cell: Cell, repeat: int) -> None:
             stdin=subprocess.DEVNULL,
             check=False,
         )
-        log.write(f"\n{EXIT_CODE} {done.returncode}\n")
+        if done.returncode != STOPPED:  # else it goes on, and has not failed
+            log.write(f"\n{EXIT_CODE} {done.returncode}\n")
+    return done.returncode
+
+
+def run_one(args: StudyArguments, todo: list[tuple[Cell, int]]) -> int:
+    """Do the run that `args` name, if it is not done yet; returns its exit code."""
+    found = [(cell, repeat) for cell, repeat in todo if cell.run(repeat) == args.only]
+    if not found:
+        print(f"{args.only}: nothing to do")
+        return 0
+    code = launch(args, *found[0])
+    print(f"{args.only}: {'stopped' if code == STOPPED else _outcome(args, args.only)}")
+    if not code and not args.evaluate:  # it was for going on
+        shutil.rmtree(run_folder(args, args.only) / CHECKPOINTS, ignore_errors=True)
+    return code
 
 
 def log_of(args: StudyArguments, run: str) -> Path:
@@ -110,7 +135,8 @@ def failure(args: StudyArguments, run: str) -> str:
     path = log_of(args, run)
     text = path.read_text(errors="replace") if path.is_file() else ""
     # pdsh begins every line with its host, torch some with their rank.
-    prefix = rf"^(({'|'.join(map(re.escape, _hosts(args)))}): )?(\[rank\d+\]: *)?"
+    hosts = read_hostfile(args.hostfile) if args.hostfile else {}
+    prefix = rf"^(({'|'.join(map(re.escape, hosts))}): )?(\[rank\d+\]: *)?"
     lines = [re.sub(prefix, "", line.strip()) for line in text.splitlines()]
     lines = [line for line in lines if line]
     if not lines or not lines[-1].startswith(EXIT_CODE):  # the study itself was killed
@@ -123,13 +149,6 @@ def failure(args: StudyArguments, run: str) -> str:
     # The first error is the cause; other ranks then complain of the one that left.
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return _short(errors[0] if errors else lines[-1])
-
-
-def _hosts(args: StudyArguments) -> list[str]:
-    """Names in the study's hostfile; none where it is gone."""
-    path = Path(args.hostfile)
-    lines = path.read_text().splitlines() if args.hostfile and path.is_file() else []
-    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _short(line: str, length: int = 200) -> str:

@@ -32,6 +32,11 @@ _FREE = frozenset(
         "hostfile",
         "dry_run",
         "beside",
+        "status",
+        "collect",
+        "slurm",
+        "sbatch",
+        "only",
     }
 )
 EVALUATIONS = ("knn", "linear", "linear-sgd", "attentive", "finetune")
@@ -65,8 +70,12 @@ def _numbers(key: str) -> Any:
 class StudyArguments(FrozenConfig):
     """Measure images/s, memory, idle share and loss over depth, stages and schedules."""
 
-    output: Folder
+    output: Folder = ""
     """Folder of the study; given again, what is measured already is kept."""
+    status: Folder = ""
+    """Say how far the runs of this study are, and do nothing else."""
+    collect: Folder = ""
+    """Write the tables of this study from the runs that are there, and do nothing else."""
     preset: str = "deepmim_vit_b_12"
     """Method, widths and decoders; the depth is the study's."""
     data: Folder = ""
@@ -109,11 +118,24 @@ class StudyArguments(FrozenConfig):
     """Folders of other studies whose accuracies are compared and drawn too."""
     dry_run: bool = False
     """Predict only; start nothing."""
+    slurm: bool = False
+    """Submit all runs as one array job, a run per task; --collect writes the tables."""
+    sbatch: Annotated[
+        tuple[str, ...],
+        comma_separated(
+            lambda text: tuple(word.strip() for word in text.split(",")), "NAME=VALUE,..."
+        ),
+    ] = ()
+    """Options of the array job, as partition=gpu,time=4:00:00,gpus-per-node=8."""
+    only: str = ""
+    """Run this one alone, as a task of the array job does."""
     flags: tyro.conf.Positional[tuple[str, ...]] = ()
     """After `--`: flags of pretrain for every cell, as `-- --blr 1e-3`."""
 
     @model_validator(mode="after")
     def _check(self) -> StudyArguments:
+        if not (self.output or self.status or self.collect):
+            raise ValueError("output: missing; give --output")
         for key in ("steps", "repeats", "nodes", "microbatch_size", "global_batch"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -165,7 +187,7 @@ def resolve(args: StudyArguments, num_gpus: int) -> StudyArguments:
     preset = load_preset(args.preset)
     if not args.data and not args.dry_run:
         raise UserError("data: missing; give an image folder, or --dry-run to predict only")
-    if args.nodes > 1 and not args.hostfile and not args.dry_run:
+    if args.nodes > 1 and not (args.hostfile or args.slurm or args.only or args.dry_run):
         raise UserError(f"nodes={args.nodes}: need --hostfile FILE; see launcher/hostfile.example")
     per_node = args.gpus_per_node or num_gpus or max(args.stages)
     size = args.microbatch_size or preset.microbatch_size
@@ -213,12 +235,23 @@ def check_folder(args: StudyArguments) -> StudyArguments:
     return args
 
 
+def saved_arguments(folder: str) -> StudyArguments:
+    """What the study in a folder was asked to do; UserError if it holds none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: is no study (there is no such folder); check the path")
+    settings = read_results(Path(folder) / RESULTS)["settings"]
+    known = {key: value for key, value in settings.items() if key in StudyArguments.model_fields}
+    return StudyArguments(
+        **(known | {"output": folder, "only": "", "slurm": False, "dry_run": False})
+    )
+
+
 def command(args: StudyArguments) -> str:
     """The line that asks for these settings."""
     words = ["deepmim-scale", "study"]
     for key, field in StudyArguments.model_fields.items():
         value = getattr(args, key)
-        if key == "flags" or value == field.default:
+        if key in ("flags", "slurm", "sbatch", "only") or value == field.default:
             continue
         words.append(f"--{key.replace('_', '-')}")
         if not isinstance(value, bool):
