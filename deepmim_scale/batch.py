@@ -1,6 +1,6 @@
 """One micro-batch, as every stage has it, and the mask that its noise stands for.
 
-Legend: B images, C channels, S image side, L patches, K visible patches, P target width.
+Legend: B images, C channels, H x W an image, L patches, K visible patches, P target width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Batch:
     """Images of one micro-batch with what is drawn and known for each of them."""
 
     images: Tensor
-    """uint8, or floating and normalized, [B, C, S, S]."""
+    """uint8 or uint16, or floating and normalized, [B, C, H, W]."""
     noise: Tensor
     """float32 [B, L] in [0, 1); its stable argsort is the mask."""
     sample_ids: Tensor | None = None

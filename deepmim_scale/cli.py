@@ -50,6 +50,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "write the sample set's digits by class",
     ),
     "data scan": ("data.commands", "ScanArguments", "run_scan", "list images once"),
+    "data stats": (
+        "data.commands",
+        "StatsArguments",
+        "run_stats",
+        "measure channels, mean and deviation",
+    ),
     "data verify": ("data.commands", "VerifyArguments", "run_verify", "decode every image"),
     "data pack": ("data.commands", "PackArguments", "run_pack", "write a small copy of all images"),
     "evaluate digits": (

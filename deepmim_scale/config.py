@@ -158,8 +158,6 @@ class RunConfig(Operation):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        rule = "images are read as RGB; leave it at 3"
-        require(self.model.in_chans == 3, "in_chans", self.model.in_chans, rule)
         rule = "a compiled block cannot be looked into; leave one of the two out"
         require(not (self.compile and self.log_blocks), "log_blocks", self.log_blocks, rule)
         every = self.save_every

@@ -11,20 +11,23 @@ import torch
 from deepmim_kernels import reference
 from torch import Tensor
 
-# Statistics of ImageNet, with which MAE, DeepMIM and MIRL normalize their input.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from deepmim_scale.image_format import IMAGENET, PixelStatistics
+
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 
 patchify = reference.patchify
 """Images [B, C, H, W] -> patches [B, L, P], pixels in the order (row, column, channel)."""
 
 
-def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
-    """Inverse of `patchify` for square images: [B, L, P] -> [B, C, H, W]."""
+def unpatchify(
+    patches: Tensor, patch_size: int, channels: int, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Inverse of `patchify`: [B, L, P] -> [B, C, H, W] of rows x columns (default: a square)."""
     b, num_patches, _ = patches.shape
     p, side = patch_size, round(num_patches**0.5)
-    x = patches.reshape(b, side, side, p, p, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * p, side * p)
+    rows, columns = grid or (side, side)
+    x = patches.reshape(b, rows, columns, p, p, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, rows * p, columns * p)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,21 +35,29 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def pixel_scale(images: Tensor) -> dict[str, Any]:
-    """Arguments with which a kernel normalizes uint8 images; none for normalized ones."""
+def pixel_scale(images: Tensor, statistics: PixelStatistics = IMAGENET) -> dict[str, Any]:
+    """Arguments with which a kernel normalizes integer images; none for normalized ones."""
     if images.is_floating_point():
         return {}
-    return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+    return {"pixel_mean": statistics.mean, "pixel_std": statistics.std}
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 by ImageNet's statistics; floating images as they are."""
+def normalize(images: Tensor, statistics: PixelStatistics = IMAGENET) -> Tensor:
+    """uint8 or uint16 [B, C, H, W] -> float32 by the statistics; floating images as they are.
+
+    ValueError for statistics of another number of channels.
+    """
     if images.is_floating_point():
         return images
-    return reference.normalize(images, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
+    if len(statistics.mean) != images.shape[1]:
+        raise ValueError(
+            f"pixel_mean: has {len(statistics.mean)} values, images {images.shape[1]} channels; "
+            "give one value for each"
+        )
+    return reference.normalize(images, *statistics, torch.float32)
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Inverse of `normalize`: float [B, 3, H, W] in [0, 1], clipped."""
-    mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+def to_pixels(images: Tensor, statistics: PixelStatistics = IMAGENET) -> Tensor:
+    """Inverse of `normalize`: float [B, C, H, W] in [0, 1], clipped."""
+    mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in statistics)
     return (images * std + mean).clamp(0, 1)

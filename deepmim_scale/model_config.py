@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field, field_validator, model_validator
 
 from deepmim_scale.errors import UserError
+from deepmim_scale.image_format import IMAGENET, ImageFormat, PixelStatistics, show_size
 from deepmim_scale.methods import METHODS, method_of
 from deepmim_scale.methods.base import require, require_divisible
 from deepmim_scale.objectives import ALIASES, find_objective, objective_of
@@ -22,6 +23,24 @@ _TAPS_RULE = "must be even, even:N (N from 1) or numbers as 6,8,10,12"
 
 Size = Annotated[int, Field(gt=0, le=65536)]
 """Pixels, widths and heads: beyond is a slip of the keyboard."""
+
+
+def _size_from_words(words: list[str]) -> int | tuple[int, ...]:
+    numbers = tuple(int(number) for number in " ".join(words).replace(",", " ").split())
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+ImageSize = Annotated[
+    Size | tuple[Size, Size],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="SIDE|HEIGHT WIDTH",
+        instance_from_str=_size_from_words,
+        is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda value: show_size(value).split(),
+    ),
+]
+"""A number, or two that differ."""
 
 
 def _taps_from_words(words: list[str]) -> tuple[int, ...]:
@@ -59,12 +78,18 @@ class ModelConfig(FrozenConfig):
     """clip: open_clip model, local-dir:FOLDER or weights; timm:NAME: weights; hybrid: a run."""
     norm_pix: bool = True
     """Normalize the pixels of each target patch (better features; off for better pictures)."""
-    img_size: Size = 224
-    """Side of the square input image, pixels."""
+    img_size: ImageSize = 224
+    """Side of a square input image, or height and width, pixels."""
     patch_size: Size = 16
     """Side of a patch, pixels."""
-    in_chans: Size = 3
+    in_chans: Annotated[int, Field(gt=0, le=16)] = 3
     """Channels of an image."""
+    pixel_bits: Literal[8, 16] = 8
+    """Bits of a pixel's channel; where pixel_mean is not given, `data stats` tells them."""
+    pixel_mean: Annotated[tuple[float, ...], shown_as("FLOAT ...")] = ()
+    """Mean of each channel of 1 (default: ImageNet's for RGB, else what `data stats` found)."""
+    pixel_std: Annotated[tuple[float, ...], shown_as("FLOAT ...")] = ()
+    """Standard deviation of each channel, as the mean."""
     embed_dim: Size = 768
     """Encoder width."""
     depth: Annotated[int, Field(gt=0, le=1024)] = 12
@@ -106,6 +131,12 @@ class ModelConfig(FrozenConfig):
             values["target"] = ALIASES.get(target, target) if isinstance(target, str) else target
         return values
 
+    @field_validator("img_size", mode="before")
+    @classmethod
+    def _one_side(cls, value: Any) -> Any:
+        sides = tuple(value) if isinstance(value, list | tuple) else (value,)
+        return sides[0] if len(set(sides)) == 1 else sides
+
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
@@ -135,7 +166,8 @@ class ModelConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        require_divisible("img_size", self.img_size, "patch_size", self.patch_size)
+        for side in self.image_format.size:
+            require_divisible("img_size", side, "patch_size", self.patch_size)
         require_divisible("embed_dim", self.embed_dim, "num_heads", self.num_heads)
         require_divisible(
             "decoder_embed_dim",
@@ -152,6 +184,7 @@ class ModelConfig(FrozenConfig):
             "leaves an MLP without hidden units; papers use 4",
         )
         self._check_taps()
+        self._check_statistics()
         rule = (
             f"leaves {self.num_visible} of {self.num_patches} patches visible; "
             "at least one must be visible and one masked"
@@ -191,6 +224,16 @@ class ModelConfig(FrozenConfig):
             "use --taps even",
         )
 
+    def _check_statistics(self) -> None:
+        for key, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            text = ",".join(f"{value:g}" for value in values)
+            wanted = self.in_chans if self.pixel_mean or self.pixel_std else 0
+            rule = f"must be {wanted} numbers, one for each of in_chans={self.in_chans}"
+            require(len(values) == wanted, key, text, rule)
+        rule = "must be positive; leave channels out that are constant"
+        text = ",".join(f"{value:g}" for value in self.pixel_std)
+        require(all(value > 0 for value in self.pixel_std), "pixel_std", text, rule)
+
     @property
     def loss(self) -> str:
         """The older name of `target`, with the older name of CLIP's."""
@@ -198,14 +241,37 @@ class ModelConfig(FrozenConfig):
         return older.get(self.target, self.target)
 
     @property
+    def image_format(self) -> ImageFormat:
+        """What an image must be."""
+        size = self.img_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return ImageFormat(self.in_chans, height, width, self.pixel_bits)
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """What integer images are normalized with; empty where nobody has told it."""
+        if self.image_format.is_rgb and not self.pixel_mean:
+            return IMAGENET
+        return PixelStatistics(self.pixel_mean, self.pixel_std)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_format.size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def grid_size(self) -> int:
-        """Patches along one side."""
-        return self.img_size // self.patch_size
+        """Patches along a side of a square image."""
+        rows, columns = self.grid
+        assert rows == columns, "asked of a square image only"
+        return rows
 
     @property
     def num_patches(self) -> int:
         """L, patches of an image."""
-        return self.grid_size**2
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def num_visible(self) -> int:

@@ -47,19 +47,19 @@ def between_patches(maps: Tensor) -> Tensor:
     return patches / patches.sum(-1, keepdim=True)
 
 
-def patch_distances(grid: int) -> Tensor:
+def patch_distances(rows: int, columns: int) -> Tensor:
     """Distances [L, L] between the centers of the patches of a grid, in patches."""
-    places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
     return torch.cdist(places, places)
 
 
-def mean_distances(maps: Tensor) -> Tensor:
-    """Mean attention distance [N, H] of maps between patches [N, H, L, L], in patches.
+def mean_distances(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean attention distance [N, H] of maps between patches [N, H, L, L] of a grid, in patches.
 
     The distance from a query to the patches it attends to, weighted by attention, averaged over all
     queries (Dosovitskiy et al. 2021, there in pixels).
     """
-    distances = patch_distances(round(maps.shape[-1] ** 0.5)).to(maps)
+    distances = patch_distances(*grid).to(maps)
     return (maps * distances).sum(-1).mean(-1)
 
 
@@ -76,13 +76,13 @@ def head_cosines(maps: Tensor) -> Tensor:
 
 
 def measure(model: Model, batches: Iterable[Tensor]) -> list[BlockAttention]:
-    """Every block of a model on batches [N, 3, S, S], uint8 or normalized."""
+    """Every block of a model on batches [N, C, H, W], uint8 or normalized."""
     distances: list[list[Tensor]] = [[] for _ in model.blocks]
     cosines: list[list[Tensor]] = [[] for _ in model.blocks]
     for images in batches:
         for number, maps in enumerate(attention_maps(model, images)):
             patches = between_patches(maps)
-            distances[number].append(mean_distances(patches))
+            distances[number].append(mean_distances(patches, model.config.grid))
             cosines[number].append(head_cosines(patches))
     return [
         BlockAttention(number, torch.cat(far).mean(0).tolist(), torch.cat(alike).mean().item())

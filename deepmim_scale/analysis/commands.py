@@ -162,7 +162,7 @@ def run_attention(arguments: AttentionArguments) -> None:
     ids = evenly_spaced(source, arguments.images)
     model = load_model(arguments.run, arguments.from_step)
     blocks = attention.measure(model, whole_images(config, source, ids))
-    uniform = attention.patch_distances(config.model.grid_size).mean().item()
+    uniform = attention.patch_distances(*config.model.grid).mean().item()
     print(f"attention of {len(ids)} validation images; distances in patches")
     for block in blocks:
         low, high, mean = (f(block.distances) for f in (min, max, fmean))

@@ -1,6 +1,6 @@
 """What each decoder paints: pictures of validation images, and the error against a plain guess.
 
-Legend: N images, L patches, P pixels of a patch.
+Legend: N images, C channels, H x W an image, L patches, P pixels of a patch.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ GRAY = 0.0  # of normalized pixels: the mean color
 
 @torch.no_grad()
 def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Masked input and each loss's picture, both [N, 3, S, S] normalized, visible patches kept.
+    """Masked input and each loss's picture, both [N, C, H, W] normalized, visible patches kept.
 
-    images [N, 3, S, S] normalized, noise [N, L]. MIRL's pictures are the sums of its pairs. Patch
+    images [N, C, H, W] normalized, noise [N, L]. MIRL's pictures are the sums of its pairs. Patch
     statistics of the original bring norm_pix predictions back to pixels, as in MAE's demo.
     """
     config = model.config
@@ -56,7 +56,7 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
 
     def picture(values: Tensor) -> Tensor:
         filled = patches.scatter(1, ids, values.gather(1, ids))
-        return unpatchify(filled, config.patch_size, config.in_chans)
+        return unpatchify(filled, config.patch_size, config.in_chans, config.grid)
 
     pictures = {}
     for name, loss in losses_of(config).items():
@@ -69,7 +69,7 @@ def reconstruct(model: Model, images: Tensor, noise: Tensor) -> tuple[Tensor, di
 
 
 def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
-    """Images [N, 3, S, S] with each masked patch guessed as GUESSES says."""
+    """Images [N, C, H, W] with each masked patch guessed as GUESSES says."""
     config, masking = model.config, model.masking(images, noise)
     patches = patchify(images, config.patch_size)
     if config.norm_pix:
@@ -79,7 +79,7 @@ def plain_guess(images: Tensor, model: Model, noise: Tensor) -> Tensor:
         guess = visible.mean((1, 2)).repeat(1, config.patch_size**2).unsqueeze(1)
     ids = masking.ids_masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     filled = patches.scatter(1, ids, guess.expand_as(patches).gather(1, ids))
-    return unpatchify(filled, config.patch_size, config.in_chans)
+    return unpatchify(filled, config.patch_size, config.in_chans, config.grid)
 
 
 def validation_errors(model: Model, batches: list[Batch]) -> dict[str, float]:
@@ -87,7 +87,7 @@ def validation_errors(model: Model, batches: list[Batch]) -> dict[str, float]:
     sums: dict[str, float] = {}
     count = 0
     for batch in batches:
-        images = normalize(batch.images)
+        images = normalize(batch.images, model.config.pixel_statistics)
         _, pictures = reconstruct(model, images, batch.noise)
         pictures[GUESSES[model.config.norm_pix][0]] = plain_guess(images, model, batch.noise)
         for name, picture in pictures.items():
@@ -104,7 +104,7 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    images = normalize(batch.images)
+    images = normalize(batch.images, model.config.pixel_statistics)
     masked, pictures = reconstruct(model, images, batch.noise)
     columns = {"masked": masked, **pictures, "original": images}
     figure, axes = pyplot.subplots(
@@ -112,7 +112,10 @@ def draw(model: Model, batch: Batch, path: Path) -> None:
     )
     for column, (title, values) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=9)
-        for row, image in enumerate(to_pixels(values)):
+        # Of other than three channels the first three stand for red, green and blue.
+        pixels = to_pixels(values, model.config.pixel_statistics)
+        shown = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+        for row, image in enumerate(shown):
             axes[row, column].imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row, column].axis("off")
     top = 1.0

@@ -19,6 +19,8 @@ from deepmim_scale.checkpoint.load import load_weights
 from deepmim_scale.checkpoint.official import official_names, renamed
 from deepmim_scale.checkpoint.sizes import EncoderSizes, header_of
 from deepmim_scale.config import ModelConfig
+from deepmim_scale.errors import UserError
+from deepmim_scale.image_format import show_size
 from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models import Model, build_model
 from deepmim_scale.objectives import objective_of
@@ -133,6 +135,8 @@ TENSORS: dict[str, Callable[[Model], dict[str, Tensor]]] = {
     "hf": hf_tensors,
     "mae": official_tensors,
 }
+# transformers knows one side of an image only.
+SQUARE_ONLY = ("hf", *BACKBONES)
 
 
 def how_to_load(config: ModelConfig, layout: str, output: Path) -> str:
@@ -163,6 +167,9 @@ def export(run: str, layout: str, output: Path, from_step: str = "") -> list[str
     Returns what to tell the user, line by line.
     """
     config = load_run_config(run)
+    if layout in SQUARE_ONLY and not isinstance(config.model.img_size, int):
+        size = show_size(config.model.img_size)
+        raise UserError(f"format={layout}: takes square images, not img_size={size}; use timm")
     folder = files.resolve(run, from_step)
     step = read_state(folder).step
     model = build_model(config.model, seed=config.seed)

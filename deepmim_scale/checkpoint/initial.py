@@ -13,6 +13,7 @@ from deepmim_scale.checkpoint.encoders import Encoder, is_run, load_encoder
 from deepmim_scale.checkpoint.sizes import EncoderSizes
 from deepmim_scale.config import RunConfig
 from deepmim_scale.errors import UserError
+from deepmim_scale.image_format import show_size
 from deepmim_scale.models import build_model
 from deepmim_scale.models.classifier import resize_position_table
 from deepmim_scale.parallel.stages import global_parameters
@@ -39,10 +40,10 @@ def initial_weights(config: RunConfig) -> Initial:
     notes = [f"the encoder of {encoder.sizes.depth} blocks"]
     if encoder.sizes.depth != config.model.depth:
         notes[0] += f", {_WAYS[config.init_depth]} to {config.model.depth}"
-    if taken[_TABLE].shape != wanted[_TABLE]:
-        grid = round((wanted[_TABLE][1] - 1) ** 0.5)
-        taken[_TABLE] = resize_position_table(taken[_TABLE], grid)
-        notes.append(f"its position table resized to {config.model.img_size} px")
+    old = encoder.sizes.grid
+    if old != config.model.grid:
+        taken[_TABLE] = resize_position_table(taken[_TABLE], config.model.grid, old)
+        notes.append(f"its position table resized to {show_size(config.model.img_size)} px")
     taken |= {
         name: value
         for name, value in _decoders(config.init_from).items()

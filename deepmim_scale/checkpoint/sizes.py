@@ -16,13 +16,21 @@ SIZES, CLASSES = "sizes", "classes"
 class EncoderSizes:
     """What a ViT is made with; num_heads is 0 where no one knows."""
 
-    img_size: int
+    img_size: int | tuple[int, int]
+    """Side, or height and width where they differ."""
     patch_size: int
     embed_dim: int
     depth: int
     num_heads: int
     mlp_ratio: float
     in_chans: int = 3
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        size = self.img_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // self.patch_size, width // self.patch_size
 
     @classmethod
     def of(cls, config: ModelConfig) -> EncoderSizes:
@@ -38,4 +46,8 @@ def header_of(sizes: EncoderSizes, classes: tuple[str, ...] = ()) -> dict[str, s
 
 def sizes_in(header: Mapping[str, str]) -> EncoderSizes | None:
     """The sizes that a header tells."""
-    return EncoderSizes(**json.loads(header[SIZES])) if SIZES in header else None
+    if SIZES not in header:
+        return None
+    values = json.loads(header[SIZES])
+    size = values["img_size"]
+    return EncoderSizes(**values | {"img_size": tuple(size) if isinstance(size, list) else size})

@@ -19,6 +19,7 @@ MANIFEST_NAME = "manifest.npz"
 INDEX_NAME = "index.npz"
 QUARANTINE_NAME = "quarantine.txt"
 REPORT_NAME = "verify.json"
+STATISTICS_NAME = "stats.json"
 
 
 def cached_folder(folder: Path, cache: str) -> Path:

@@ -76,13 +76,16 @@ def build_backend(
 
     `prefetch` micro-batches are in work at once.
     """
-    chosen, where, line = choose_loader(loader, decode, device)
-    size, threads = config.model.img_size, config.loader_threads
+    image, threads = config.model.image_format, config.loader_threads
+    if image.is_rgb:
+        chosen, where, line = choose_loader(loader, decode, device)
+    else:  # which threads alone decode
+        chosen, where, line = "torch", "cpu", f"loader torch: {image.kind} on CPU threads"
     if chosen == "torch":
         stream = functools.partial(
             torch_backend.stream,
-            read_image=torch_backend.image_reader(source, size if where == "fast" else 0),
-            size=size,
+            read_image=torch_backend.image_reader(source, image, where == "fast"),
+            image=image,
             threads=threads,
             prefetch=prefetch,
         )
@@ -92,7 +95,7 @@ def build_backend(
     stream = functools.partial(
         dali.stream,
         source=source,
-        size=size,
+        size=image.size,
         threads=threads,
         max_batch=batch,
         decode=where,

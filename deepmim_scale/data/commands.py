@@ -1,4 +1,4 @@
-"""Command line of the data: `deepmim-scale data samples | scan | verify | pack`."""
+"""Command line of the data: `deepmim-scale data samples | scan | stats | verify | pack`."""
 
 from __future__ import annotations
 
@@ -112,6 +112,35 @@ def run_pack(arguments: PackArguments) -> None:
             arguments.threads,
         )
     )
+
+
+class StatsArguments(FrozenConfig):
+    """Measure channels, bits, mean and standard deviation of the training images.
+
+    They are saved beside the listings, and used by runs with --in-chans of these channels.
+    """
+
+    dir: DataPath
+    """Image folder or containers, as for training."""
+    cache: Cache = ""
+    """Folder for the result (default: beside the images)."""
+    images: int = Field(10_000, ge=0)
+    """Images to look at, evenly spread; 0 for all."""
+    threads: int = Field(2, ge=1)
+    """Decoding threads."""
+
+
+def run_stats(arguments: StatsArguments) -> None:
+    """Write stats.json and print what is in it, as flags."""
+    from deepmim_scale.data.pixel_statistics import measure_data, save_statistics
+
+    path, cache = arguments.dir, arguments.cache
+    found = measure_data(path, cache, arguments.images, arguments.threads)
+    file = save_statistics(path, cache, found)
+    print(f"{file}: {found.channels} channels of {found.bits} bits in {found.images} images")
+    mean, std = (" ".join(f"{x:g}" for x in values) for values in (found.mean, found.std))
+    print(f"--in-chans {found.channels} --pixel-bits {found.bits}")
+    print(f"--pixel-mean {mean} --pixel-std {std}")
 
 
 def run_samples(arguments: SamplesArguments) -> None:

@@ -147,6 +147,13 @@ def verify(path: str, cache: str, threads: int) -> list[dict[str, Any]]:
     return reports
 
 
+def listing(path: str, cache: str, name: str, write: bool) -> Path:
+    """The file `name` about the training images, to be read or written."""
+    if write:
+        return container_listing_folder(path, "train", cache) / name
+    return find_container_listing(path, "train", cache, name)
+
+
 def _saved_index(path: str, shards: list[Shard], split: Split, cache: str) -> Index | None:
     saved = find_container_listing(path, split, cache, INDEX_NAME)
     if not saved.exists():

@@ -24,14 +24,14 @@ LARGEST_HINT = 1024  # pixels a side: buffers for ImageNet's usual sizes, alloca
 def stream(
     requests: Iterator[DecodeRequest],
     source: Source,
-    size: int,
+    size: tuple[int, int],
     threads: int,
     max_batch: int,
     decode: str = "cpu",
     device: torch.device | None = None,
     prefetch: int = 2,
 ) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
-    """The backend: images uint8 [B, 3, S, S] on `device` (None: CPU), `prefetch` batches ahead.
+    """The backend: images uint8 [B, 3, *size] on `device` (None: CPU), `prefetch` batches ahead.
 
     `decode` is `cpu` or `mixed` (nvJPEG and the hardware engine). Raises BadImage with DALI's
     reason, which does not always name the file; the generator is finished then.
@@ -80,9 +80,7 @@ def stream(
             **hints,
         )
         images = images.gpu() if on_gpu else images
-        images = fn.resize(
-            images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True
-        )
+        images = fn.resize(images, size=list(size), interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])
 
     pipeline = graph()

@@ -1,6 +1,6 @@
 """The micro-batches that one stage decodes, in order, with a way on when a file is bad.
 
-Legend: B micro-batch, S side of the input.
+Legend: B micro-batch, C channels, H x W the input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DecodeJob(NamedTuple):
 
 
 class DecodeStream:
-    """Call it for the next job's (ids int64 [B], images uint8 [B, 3, S, S]).
+    """Call it for the next job's (ids int64 [B], images [B, C, H, W]).
 
     A sample that the source knows to be bad is replaced by the next good one of the epoch's order.
     That depends on the files alone, so it is the same on every stage and after a restart. One that
@@ -53,7 +53,7 @@ class DecodeStream:
         self._stream = backend(self._requests_from(0))
 
     def __call__(self) -> tuple[np.ndarray, torch.Tensor]:
-        """The next job's ids int64 [B] and images uint8 [B, 3, S, S]."""
+        """The next job's ids int64 [B] and images [B, C, H, W]."""
         try:
             request, images = next(self._stream)
             ids = request.ids

@@ -152,6 +152,13 @@ def verify(path: str, cache: str, threads: int) -> list[dict[str, Any]]:
     return [verify_folder(folder, threads, listings) for folder, listings in folders]
 
 
+def listing(path: str, cache: str, name: str, write: bool) -> Path:
+    """The file `name` about the training images, to be read or written."""
+    folder = find_split(path, "train")
+    assert folder is not None, "find_split raises where there is nothing to train on"
+    return listing_folder(folder, cache) / name if write else find_listing(folder, cache, name)
+
+
 def _split_folders(data: str, cache: str) -> list[tuple[Path, Path]]:
     """The folder of each split, and where its listings are written; UserError if they cannot."""
     folders = [find_split(data, split) for split in SPLITS]

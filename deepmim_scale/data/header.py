@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from PIL import Image, UnidentifiedImageError
 
+from deepmim_scale.data.native_pixels import native_size
+
 HEAD, TAIL = 3584, 512  # bytes at the ends that a scan reads and a digest covers
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # baseline, progressive, ...
@@ -20,10 +22,11 @@ def image_size(head: bytes, whole: Callable[[], bytes]) -> tuple[int, int]:
 
     `head` are the file's first bytes; `whole` reads all of it where they do not suffice.
     """
-    size = _jpeg_size(head) or _pil_size(head)
+    size = _jpeg_size(head) or _pil_size(head) or native_size(head)
     if size is None:
         try:
-            size = _pil_size(whole())
+            data = whole()
+            size = _pil_size(data) or native_size(data)
         except OSError:
             size = None
     return size or (0, 0)

@@ -20,13 +20,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from deepmim_scale.data.cache import MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME
+from deepmim_scale.data.cache import (
+    MANIFEST_NAME,
+    QUARANTINE_NAME,
+    REPORT_NAME,
+    STATISTICS_NAME,
+)
 from deepmim_scale.data.header import HEAD, image_size
 from deepmim_scale.data.source import name_few, printable
 from deepmim_scale.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-OWN_FILES = (MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME, "ATTRIBUTION.txt")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+OWN_FILES = (MANIFEST_NAME, QUARANTINE_NAME, REPORT_NAME, STATISTICS_NAME, "ATTRIBUTION.txt")
 SCAN_THREADS = 8
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deepmim_scale.data import container_source, folder_source
@@ -22,6 +23,8 @@ class SourceKind:
     """(path, cache, labels) -> lines; writes listings. None: there is nothing to list."""
     verify: Callable[[str, str, int], list[dict[str, Any]]] | None = None
     """(path, cache, threads) -> a report per split; writes quarantines. None: nothing to check."""
+    listing: Callable[[str, str, str, bool], Path] | None = None
+    """(path, cache, file name, whether to write) -> a file about the training images."""
 
 
 # The first kind that accepts a path opens it. Folders come last: their messages serve any path.
@@ -31,12 +34,14 @@ KINDS = [
         open=container_source.open_split,
         scan=container_source.scan,
         verify=container_source.verify,
+        listing=container_source.listing,
     ),
     SourceKind(
         accepts=lambda path: True,
         open=folder_source.open_split,
         scan=folder_source.scan,
         verify=folder_source.verify,
+        listing=folder_source.listing,
     ),
 ]
 

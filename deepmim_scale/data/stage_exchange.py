@@ -3,7 +3,7 @@
 `rotate`: stage s decodes the micro-batches m with m % P == s and all gather. `first`: stage 0
 decodes and broadcasts. The ids go ahead of the images, and ids of -1 say that their stage failed,
 so no stage waits for images that never come.
-Legend: B micro-batch, M micro-batches per step, P stages, S side.
+Legend: B micro-batch, M micro-batches per step, P stages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from deepmim_scale.data.backend import pixel_dtype
+from deepmim_scale.image_format import ImageFormat
+
 FeedMode = Literal["rotate", "first", "replicate"]
-Decoded = tuple[torch.Tensor, torch.Tensor]  # ids int64 [B], images uint8 [B, 3, S, S]
+Decoded = tuple[torch.Tensor, torch.Tensor]  # ids int64 [B], images [B, C, H, W]
 
 
 class PeerFailed(RuntimeError):
@@ -37,10 +40,10 @@ def own_microbatches(mode: FeedMode, num_microbatches: int, stage: int, num_stag
 
 
 def received_bytes(
-    mode: FeedMode, num_microbatches: int, stage: int, num_stages: int, batch: int, size: int
+    mode: FeedMode, num_microbatches: int, stage: int, num_stages: int, batch: int, image_bytes: int
 ) -> int:
-    """Bytes that `stage` receives per step: images uint8 and ids int64."""
-    micro_batch = batch * (3 * size * size + 8)
+    """Bytes that `stage` receives per step: images and ids int64."""
+    micro_batch = batch * (image_bytes + 8)
     if mode == "rotate":  # a round that is not full is padded
         return math.ceil(num_microbatches / num_stages) * (num_stages - 1) * micro_batch
     return num_microbatches * micro_batch if mode == "first" and stage > 0 else 0
@@ -55,14 +58,15 @@ class StageExchange:
         group: dist.ProcessGroup,
         num_microbatches: int,
         batch: int,
-        size: int,
+        image: ImageFormat,
         device: torch.device,
     ) -> None:
         self.received_bytes = 0
         """Counted where tensors arrive, since the start."""
         self._mode, self._group, self._num_microbatches = mode, group, num_microbatches
         self._batch, self._device = batch, device
-        self._image_shape = (batch, 3, size, size)
+        self._images_shape = (batch, image.channels, *image.size)
+        self._dtype = pixel_dtype(image)
 
     def __call__(self, decode: Callable[[], list[Decoded]]) -> list[Decoded]:
         """All M micro-batches on every stage; `decode` makes this stage's own.
@@ -128,17 +132,19 @@ class StageExchange:
             raise PeerFailed(f"stages {failed} could not decode their images; see their messages")
 
     def _padding(self) -> torch.Tensor:
-        return torch.zeros(self._image_shape, dtype=torch.uint8, device=self._device)
+        return torch.zeros(self._images_shape, dtype=self._dtype, device=self._device)
 
     def _gather(self, mine: torch.Tensor) -> torch.Tensor:
         num_stages = self._group.size()
         out = mine.new_empty((num_stages, *mine.shape))
-        dist.all_gather_into_tensor(out.flatten(0, 1), mine.contiguous(), group=self._group)
+        # As bytes: communicators know no uint16.
+        whole, part = out.flatten(0, 1).view(torch.uint8), mine.contiguous().view(torch.uint8)
+        dist.all_gather_into_tensor(whole, part, group=self._group)
         self.received_bytes += (num_stages - 1) * mine.numel() * mine.element_size()
         return out
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        dist.broadcast(tensor.view(torch.uint8), group=self._group, group_src=0)
         if self._group.rank() > 0:
             self.received_bytes += tensor.numel() * tensor.element_size()
         return tensor

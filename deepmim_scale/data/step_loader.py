@@ -1,6 +1,6 @@
 """The stages' batches: each step's micro-batches, made one step ahead on a thread.
 
-Legend: B micro-batch, M micro-batches per step, L patches, S side of the input.
+Legend: B micro-batch, M micro-batches per step, L patches.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def build_step_loader(
     stage, num_stages = (group.rank(), group.size()) if group else (0, 1)
     num_microbatches = share.num_microbatches
     batch = plan.global_batch // (num_microbatches * share.num_replicas)
-    size, num_patches = config.model.img_size, config.model.num_patches
+    image, num_patches = config.model.image_format, config.model.num_patches
     own = own_microbatches(options.mode, num_microbatches, stage, num_stages)
     labels = torch.from_numpy(source.labels.astype(np.int64))
 
@@ -175,14 +175,16 @@ def build_step_loader(
 
     backend = backend or functools.partial(
         torch_backend.stream,
-        read_image=torch_backend.image_reader(source),
-        size=size,
+        read_image=torch_backend.image_reader(source, image),
+        image=image,
         threads=config.loader_threads,
     )
     num_jobs = span.num_steps * len(own)
     decoding = DecodeStream(job, num_jobs, backend, source, plan, config.min_crop, options.on_bad)
     exchange = (
-        StageExchange(options.mode, group, num_microbatches, batch, size, device) if group else None
+        StageExchange(options.mode, group, num_microbatches, batch, image, device)
+        if group
+        else None
     )
 
     def decode_own() -> list[Decoded]:
@@ -221,7 +223,8 @@ def iter_validation(
     seed 0) so that losses compare. An undecodable image raises BadImage, or with on_bad `replace`
     is left out and named on stderr.
     """
-    size, read_image = config.model.img_size, torch_backend.image_reader(source)
+    image = config.model.image_format
+    read_image = torch_backend.image_reader(source, image)
     mine = (good_ids(source) if ids is None else ids)[dp_rank::num_replicas]
     for start in range(0, len(mine), config.microbatch_size):
         chosen = mine[start : start + config.microbatch_size]
@@ -229,7 +232,7 @@ def iter_validation(
             chosen = np.array([i for i in chosen.tolist() if _decodes(i, read_image)], np.int64)
             if not len(chosen):
                 continue
-        images = torch_backend.decode_whole(chosen, read_image, size, config.loader_threads)
+        images = torch_backend.decode_whole(chosen, read_image, image, config.loader_threads)
         noise = mask_noise(0, 0, chosen, config.model.num_patches, VALIDATION_MASK)
         labels = source.labels[chosen].astype(np.int64)
         arrays = (torch.from_numpy(array) for array in (noise, chosen, labels))

@@ -27,6 +27,7 @@ from deepmim_scale.data.header import HEAD
 from deepmim_scale.data.ranges import OpenFile
 
 BLOCK = 512
+ARRAY = ".npy"
 MAX_SIDECAR = 1 << 20  # bytes of a label file
 HEADER_WINDOWS = (1 << 13, 1 << 21)  # bytes that all headers of one entry may take together
 LABEL_KEYS = ("label", "cls", "class_id")  # of a WebDataset's .json
@@ -81,6 +82,12 @@ def _list_region(region: _Region, others: Counter[str], nested: str) -> Iterator
             yield from _list_region(inner, others, nested=f"{folder}/")
         else:
             others[extension or "no extension"] += 1
+    if any(image.name.endswith(ARRAY) for image in images):
+        # Beside a picture of the same sample an array is something else, such as features.
+        pictures = {_key(image.name) for image in images if not image.name.endswith(ARRAY)}
+        kept = [i for i in images if not i.name.endswith(ARRAY) or _key(i.name) not in pictures]
+        others[ARRAY] += len(images) - len(kept)
+        images = kept
     if not sidecars:
         yield from images
         return

@@ -3,7 +3,7 @@
 libjpeg-turbo decodes regions where it could be compiled (jpeg_region); torchcodec or torchvision
 decode whole JPEGs, PIL the rest. The pixels are those of PIL's convert("RGB"), crop and bicubic
 resize, up to rounding.
-Legend: B images, S side of the output.
+Legend: B images, C channels, H x W the output.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from deepmim_scale.data.backend import BadImage, DecodeRequest
+from deepmim_scale.data.backend import BadImage, DecodeRequest, WrongPixels
 from deepmim_scale.data.jpeg_region import decode_region
+from deepmim_scale.data.native_pixels import decode_native, is_npy, is_tiff
 from deepmim_scale.data.source import Source
+from deepmim_scale.image_format import RGB, ImageFormat
 
 EXIF_WITHIN = 4096  # bytes from the start of the file
 
@@ -35,9 +37,9 @@ class ReadImage(Protocol):
     """Reads and decodes samples; called on the decoding threads. Raises BadImage by name."""
 
     def __call__(self, sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
-        """RGB, uint8 [H, W, 3]: the image or the pixels of its box (top, left, height, width).
+        """[height, width, C] of the run's format: the image, or its box (top, left, height, width).
 
-        A reader for `fast` decoding may give a box that is resized to [S, S, 3] already.
+        A reader for `fast` decoding may give a box that is resized to [H, W, 3] already.
         """
 
 
@@ -67,42 +69,63 @@ def decode_image(data: bytes) -> np.ndarray:
             # The decoders take a tensor that may be written; bytes may not.
             pixels = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
             return jpeg_decoder()[1](pixels).permute(1, 2, 0).numpy()
-        return _pil_rgb(data)
+        return _stored_rgb(data) if is_npy(data) else _pil_rgb(data)
+    except BadImage:
+        raise
     except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(_reason(error)) from error
 
 
-def image_reader(source: Source, fast_size: int = 0) -> ReadImage:
+def decode_stored(data: bytes) -> np.ndarray:
+    """Decode as stored, uint8 or uint16 [height, width, channels]; raises BadImage."""
+    try:
+        return decode_native(data)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(_reason(error)) from error
+
+
+def decode_plain(data: bytes, image: ImageFormat) -> np.ndarray:
+    """As stored; raises WrongPixels where that is not the run's format."""
+    pixels = decode_stored(data)
+    channels, bits = pixels.shape[2], 8 * pixels.itemsize
+    if (channels, bits) != (image.channels, image.bits):
+        raise WrongPixels(f"has {channels} channels of {bits} bits, the run takes {image.kind}")
+    return pixels
+
+
+def image_reader(source: Source, image: ImageFormat = RGB, fast: bool = False) -> ReadImage:
     """Reads and decodes samples of `source`; images of a small set stay in memory.
 
-    With `fast_size` = S, JPEGs are decoded at 1/2, 1/4 or 1/8 where a box keeps S pixels a side,
-    and only otherwise with all their pixels.
+    With `fast`, JPEGs are decoded at 1/2, 1/4 or 1/8 where a box keeps H x W pixels, and only
+    otherwise with all their pixels.
     """
     sizes = source.sizes
+    decode = decode_image if image.is_rgb else functools.partial(decode_plain, image=image)
 
     def read_whole(sample_id: int) -> np.ndarray:
         with _named(source, sample_id):
-            return decode_image(source.read(sample_id))
+            return decode(source.read(sample_id))
 
     def read_image(sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
-        if box is None:
-            return read_whole(sample_id)
+        if box is None or not image.is_rgb:
+            pixels = read_whole(sample_id)
+            return pixels if box is None else cut(pixels, box)
         with _named(source, sample_id):
             data = source.read(sample_id)
             full_size = tuple(sizes[sample_id].tolist())
-            pixels = decode_fast(data, full_size, box, fast_size) if fast_size else None
-            if pixels is None:
-                pixels = decode_region(data, full_size, tuple(box.tolist()))
-            return cut(decode_image(data), box) if pixels is None else pixels
+            region = decode_fast(data, full_size, box, image.size) if fast else None
+            if region is None:
+                region = decode_region(data, full_size, tuple(box.tolist()))
+            return cut(decode_image(data), box) if region is None else region
 
     num_pixels = int(sizes.astype(np.int64).prod(axis=1).sum())
-    if 3 * num_pixels > CACHE_BYTES or fast_size:
+    if image.channels * image.bits // 8 * num_pixels > CACHE_BYTES or fast:
         return read_image
     read_cached = functools.cache(read_whole)
 
     def read_from_memory(sample_id: int, box: np.ndarray | None = None) -> np.ndarray:
-        image = read_cached(sample_id)
-        return image if box is None else cut(image, box)
+        pixels = read_cached(sample_id)
+        return pixels if box is None else cut(pixels, box)
 
     return read_from_memory
 
@@ -115,19 +138,21 @@ def _named(source: Source, sample_id: int) -> Iterator[None]:
     except OSError as error:
         raise BadImage(f"{source.name(sample_id)}: {error.strerror or error}") from error
     except BadImage as error:
-        raise BadImage(f"{source.name(sample_id)}: {error}") from error
+        raise type(error)(f"{source.name(sample_id)}: {error}") from error
 
 
 def decode_fast(
-    data: bytes, full_size: tuple[int, int], box: np.ndarray, size: int
+    data: bytes, full_size: tuple[int, int], box: np.ndarray, size: tuple[int, int]
 ) -> np.ndarray | None:
-    """The box of a JPEG, decoded at a fraction and resized by PIL to [S, S, 3].
+    """The box of a JPEG, decoded at a fraction and resized by PIL to [*size, 3].
 
     PIL takes boxes that lie between the pixels of the small image. None if there is no fraction
-    that leaves S pixels a side, or another decoder must take the image.
+    that leaves so many pixels, or another decoder must take the image.
     """
     top, left, height, width = box.tolist()
-    divisor = next((d for d in DIVISORS if min(height, width) >= d * size), 1)
+    out_height, out_width = size
+    fits = (d for d in DIVISORS if height >= d * out_height and width >= d * out_width)
+    divisor = next(fits, 1)
     if divisor == 1:
         return None
     first_row, first_column = top // divisor, left // divisor
@@ -138,51 +163,57 @@ def decode_fast(
         return None
     corner = (left / divisor - first_column, top / divisor - first_row)
     within = (*corner, corner[0] + width / divisor, corner[1] + height / divisor)
-    image = Image.fromarray(region).resize((size, size), Image.Resampling.BICUBIC, within)
+    image = Image.fromarray(region).resize(
+        (out_width, out_height), Image.Resampling.BICUBIC, within
+    )
     return np.asarray(image)
 
 
 def cut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The box (top, left, height, width) of an image [H, W, 3]."""
+    """The box (top, left, height, width) of an image [height, width, C]."""
     top, left, height, width = box.tolist()
     return image[top : top + height, left : left + width]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialiasing, uint8 [H, W, 3] -> [height, width, 3]."""
+    """Bicubic with antialiasing, uint8 or uint16 [H, W, C] -> [height, width, C]."""
     if image.shape[:2] == (height, width):
         return image
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    is_deep = image.dtype == np.uint16
+    pixels = pixels.float() if is_deep else pixels
     out = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return out[0].permute(1, 2, 0).numpy()
+    out = out[0].permute(1, 2, 0)
+    if not is_deep:
+        return out.numpy()
+    return out.round_().clamp_(0, np.iinfo(np.uint16).max).numpy().astype(np.uint16)
 
 
-def center(image: np.ndarray, size: int) -> np.ndarray:
-    """Validation images: short side to size * 256 / 224, then the central [S, S, 3].
+def center(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Validation images: made to cover 256 / 224 of the size, then its center, [*size, C].
 
     An image of exactly the input's size stays as it is.
     """
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
+    if image.shape[:2] == size:
         return image
-    short = size * 256 // 224
-    scale = short / min(height, width)
-    tall, wide = (max(short, int(side * scale)) for side in (height, width))
-    top, left = round((tall - size) / 2), round((wide - size) / 2)
-    return resize(image, tall, wide)[top : top + size, left : left + size]
+    covered = [side * 256 // 224 for side in size]
+    scale = max(c / side for c, side in zip(covered, image.shape[:2], strict=True))
+    tall, wide = (max(c, int(s * scale)) for c, s in zip(covered, image.shape[:2], strict=True))
+    top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+    return resize(image, tall, wide)[top : top + size[0], left : left + size[1]]
 
 
 def stream(
     requests: Iterator[DecodeRequest],
     read_image: ReadImage,
-    size: int,
+    image: ImageFormat,
     threads: int,
     prefetch: int = 2,
 ) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
     """The backend: up to `prefetch` micro-batches are decoded at once, in order."""
     pending: deque[tuple[DecodeRequest, Callable[[], torch.Tensor]]] = deque()
     for request in requests:
-        pending.append((request, start(request, read_image, size, threads)))
+        pending.append((request, start(request, read_image, image, threads)))
         if len(pending) == prefetch:
             first, wait = pending.popleft()
             yield first, wait()
@@ -191,29 +222,32 @@ def stream(
 
 
 def start(
-    request: DecodeRequest, read_image: ReadImage, size: int, threads: int
+    request: DecodeRequest, read_image: ReadImage, image: ImageFormat, threads: int
 ) -> Callable[[], torch.Tensor]:
-    """Start decoding one micro-batch; the function returned waits for it, uint8 [B, 3, S, S].
+    """Start decoding one micro-batch; the function returned waits for it, [B, C, H, W].
 
     The wait raises BadImage naming the first bad file.
     """
 
     def make(i: int) -> np.ndarray:
-        out = resize(read_image(int(request.ids[i]), request.boxes[i]), size, size)
+        out = resize(read_image(int(request.ids[i]), request.boxes[i]), *image.size)
         return out[:, ::-1] if request.flips[i] else out
 
-    return _start(make, len(request.ids), size, threads)
+    return _start(make, len(request.ids), image, threads)
 
 
-def decode_whole(ids: np.ndarray, read_image: ReadImage, size: int, threads: int) -> torch.Tensor:
-    """Validation images as `center` makes them, uint8 [B, 3, S, S]; raises BadImage."""
-    return _start(lambda i: center(read_image(int(ids[i])), size), len(ids), size, threads)()
+def decode_whole(
+    ids: np.ndarray, read_image: ReadImage, image: ImageFormat, threads: int
+) -> torch.Tensor:
+    """Validation images as `center` makes them, [B, C, H, W]; raises BadImage."""
+    return _start(lambda i: center(read_image(int(ids[i])), image.size), len(ids), image, threads)()
 
 
 def _start(
-    make: Callable[[int], np.ndarray], count: int, size: int, threads: int
+    make: Callable[[int], np.ndarray], count: int, image: ImageFormat, threads: int
 ) -> Callable[[], torch.Tensor]:
-    images = np.empty((count, 3, size, size), np.uint8)
+    dtype = np.uint16 if image.bits == 16 else np.uint8
+    images = np.empty((count, image.channels, *image.size), dtype)
 
     def fill(places: np.ndarray) -> None:
         for i in places:
@@ -237,11 +271,26 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _pil_rgb(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        image_file = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if is_tiff(data):  # of channels or bits that PIL does not know
+            return _stored_rgb(data)
+        raise
+    with image_file as image:
         if image.mode.startswith("I"):  # 16 bits: PIL would clip at 255 instead of scaling
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(gray[:, :, None], 3, axis=2)
         return np.array(image.convert("RGB"))
+
+
+def _stored_rgb(data: bytes) -> np.ndarray:
+    """What PIL does not know, [H, W, 1 or 3] of any bits, as RGB by the upper 8."""
+    pixels = decode_native(data)
+    if pixels.shape[2] not in (1, 3):
+        raise WrongPixels(f"has {pixels.shape[2]} channels, which are no RGB")
+    shallow = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+    return np.broadcast_to(shallow, (*shallow.shape[:2], 3))
 
 
 def _without_exif(data: torch.Tensor) -> torch.Tensor:
@@ -253,7 +302,7 @@ def _without_exif(data: torch.Tensor) -> torch.Tensor:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError | ValueError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image"
     # Errors of the C++ decoders begin with the place in their source.
     return str(error).split("\n")[0].split(".cpp:")[-1].lstrip("0123456789, ")

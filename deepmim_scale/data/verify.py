@@ -21,8 +21,9 @@ from tqdm import tqdm
 from deepmim_scale.data.backend import BadImage
 from deepmim_scale.data.cache import QUARANTINE_NAME, REPORT_NAME
 from deepmim_scale.data.manifest import list_images, listing_sha
+from deepmim_scale.data.native_pixels import is_npy, is_tiff
 from deepmim_scale.data.source import printable
-from deepmim_scale.data.torch_backend import decode_image
+from deepmim_scale.data.torch_backend import decode_image, decode_stored
 
 CHUNK = 64
 STATE_NAME = ".verify.jsonl"
@@ -120,7 +121,8 @@ def _check_chunk(
 
 def _unreadable(read: Callable[[int], bytes], i: int) -> str | None:
     try:
-        decode_image(read(i))
+        data = read(i)
+        (decode_stored if is_npy(data) or is_tiff(data) else decode_image)(data)
     except OSError as error:
         return error.strerror or str(error)
     except BadImage as error:

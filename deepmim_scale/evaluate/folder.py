@@ -36,8 +36,9 @@ def features_of(
     batches = iter_validation(config, source, device=device)
     total = -(-len(good_ids(source)) // config.microbatch_size)
     for batch in tqdm(batches, total=total, unit="batch", desc="features", disable=None):
-        side = min(THUMBNAIL, config.model.img_size)
-        small = torch.nn.functional.adaptive_avg_pool2d(normalize(batch.images), side)
+        side = min(THUMBNAIL, *config.model.image_format.size)
+        pixels = normalize(batch.images, config.model.pixel_statistics)
+        small = torch.nn.functional.adaptive_avg_pool2d(pixels, side)
         values = {PIXELS: small.flatten(1)}
         for name, encoder in encoders.items():
             values |= pooled(name, encoder, batch.images, pools)

@@ -101,7 +101,7 @@ def _tokens_of_ours(model: Model, blocks: tuple[int, ...]) -> Callable[[Tensor],
     return tokens
 
 
-def _loading(img_size: int, patch_size: int) -> RunConfig:
+def _loading(img_size: tuple[int, int], patch_size: int) -> RunConfig:
     """Defaults for loading images of another input size; nothing else of it is used."""
     return RunConfig(model=ModelConfig(img_size=img_size, patch_size=patch_size))
 
@@ -150,7 +150,7 @@ def _of_vit(
     depth = len(model.blocks)  # type: ignore[arg-type]
     usual = even_taps(depth, min(NUM_BLOCKS, depth))
     blocks = _check_blocks(wanted, depth, usual)
-    (side, _), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size  # type: ignore[union-attr, misc]
+    size, (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size  # type: ignore[union-attr, misc]
     statistics = timm.data.resolve_model_data_config(model) if name else None
 
     def tokens(images: Tensor) -> dict[int, Tensor]:
@@ -170,7 +170,7 @@ def _of_vit(
             result[block] = model.norm(together) if block == depth else together  # type: ignore[operator]
         return result
 
-    config = _loading(side, patch)
+    config = _loading(size, patch)  # type: ignore[arg-type]
     return FrozenEncoder(source, model, tokens, blocks, config, model.embed_dim)  # type: ignore[arg-type]
 
 

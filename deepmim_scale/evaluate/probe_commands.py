@@ -18,6 +18,7 @@ from deepmim_scale.arguments import writable
 from deepmim_scale.config import FromStep
 from deepmim_scale.errors import UserError
 from deepmim_scale.evaluate.commands import data_and_cache
+from deepmim_scale.image_format import show_size
 from deepmim_scale.settings import (
     File,
     Folder,
@@ -231,6 +232,9 @@ def _plan(
     from deepmim_scale.finetune.transform import evaluation_transform, probe_transform
 
     size = encoder.config.model.img_size
+    if not isinstance(size, int):
+        shown = show_size(size)
+        raise UserError(f"img_size={shown}: trained probes take square images; use knn or linear")
     training = probe_transform(size, min_crop=arguments.min_crop, flip=arguments.flip)
     return ProbePlan(
         steps,

@@ -26,8 +26,9 @@ def fitting_tensors(encoder: Encoder, model: nn.Module, keep_head: bool) -> dict
         tensors = {n: v for n, v in tensors.items() if not n.startswith(("norm.", "fc_norm."))}
     if not keep_head:
         tensors = {n: v for n, v in tensors.items() if not n.startswith(("head.", "fc_norm."))}
-    grid = round((target["pos_embed"].shape[1] - 1) ** 0.5)
-    tensors["pos_embed"] = resize_position_table(tensors["pos_embed"], grid)
+    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+    table = tensors["pos_embed"]
+    tensors["pos_embed"] = resize_position_table(table, grid, encoder.sizes.grid)  # type: ignore[arg-type]
     new = set() if keep_head else {n for n in target if n.startswith(("head.", "fc_norm."))}
     for name in sorted(set(target) - new):
         if name not in tensors:

@@ -26,6 +26,7 @@ from deepmim_scale.finetune.model import load_encoder_into
 from deepmim_scale.finetune.presets import load_finetune_preset
 from deepmim_scale.finetune.settings import FinetuneConfig
 from deepmim_scale.finetune.transform import Transform, evaluation_transform, train_transform
+from deepmim_scale.image_format import show_size
 from deepmim_scale.models.classifier import build_classifier
 from deepmim_scale.operation import Operation
 from deepmim_scale.plan.cost import block_cost
@@ -82,7 +83,8 @@ class PreparedFinetune:
     def training_flops(self) -> int:
         """Per image, forward and backward of blocks and patch embedding; heads are left out."""
         s = self.sizes
-        patches = (s.img_size // s.patch_size) ** 2
+        rows, columns = s.grid
+        patches = rows * columns
         block = block_cost(s.embed_dim, s.mlp_ratio, patches + 1)
         embedding = 2 * patches * s.in_chans * s.patch_size**2 * s.embed_dim
         return s.depth * block.training_flops + 2 * embedding
@@ -119,6 +121,7 @@ def prepare(config: FinetuneConfig) -> PreparedFinetune:
     model = build_classifier(sizes, num_classes, config.pool, config.drop_path, config.seed)
     notes = _put_weights(config, model, encoder, num_classes)
     size = sizes.img_size
+    assert isinstance(size, int), "checked with the sizes"
     training = train_transform(
         size,
         auto_augment=config.auto_augment,
@@ -165,6 +168,11 @@ def _resolve_sizes(config: FinetuneConfig, encoder: Encoder | None) -> EncoderSi
                     "--preset"
                 )
         sizes = replace(theirs, **given)
+    if not isinstance(sizes.img_size, int):
+        size = show_size(sizes.img_size)
+        raise UserError(f"img_size={size}: fine-tuning takes square images; give --img-size SIDE")
+    if sizes.in_chans != 3:
+        raise UserError(f"in_chans={sizes.in_chans}: fine-tuning takes RGB images; give others")
     if sizes.num_heads == 0:
         raise UserError(f"num_heads: {config.weights} does not tell it; give --num-heads")
     for name, divisor in (("img_size", "patch_size"), ("embed_dim", "num_heads")):

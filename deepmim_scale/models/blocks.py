@@ -31,12 +31,12 @@ def transformer_block(
     return kind(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
 
 
-def position_table(dim: int, grid_size: int) -> nn.Parameter:
+def position_table(dim: int, grid: tuple[int, int]) -> nn.Parameter:
     """MAE's frozen sin-cos table [1, L+1, dim]: row 0 (CLS) zeros, then columns | rows."""
+    rows, columns = grid
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    index = np.arange(grid_size)
-    column = np.tile(index, grid_size)[:, None] * omega
-    row = np.repeat(index, grid_size)[:, None] * omega
+    column = np.tile(np.arange(columns), rows)[:, None] * omega
+    row = np.repeat(np.arange(rows), columns)[:, None] * omega
     table = np.hstack([np.sin(column), np.cos(column), np.sin(row), np.cos(row)])
     table = np.vstack([np.zeros(dim), table]).astype(np.float32)
     return nn.Parameter(torch.from_numpy(table).unsqueeze(0), requires_grad=False)

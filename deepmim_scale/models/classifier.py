@@ -19,8 +19,8 @@ class Sizes(Protocol):
     """What a ViT is made with: a `ModelConfig`, or the sizes that a file tells."""
 
     @property
-    def img_size(self) -> int:
-        """Side of an image, pixels."""
+    def img_size(self) -> int | tuple[int, int]:
+        """Side of an image, or height and width, pixels."""
 
     @property
     def patch_size(self) -> int:
@@ -72,6 +72,15 @@ def build_classifier(
         )
 
 
-def resize_position_table(table: Tensor, grid: int) -> Tensor:
-    """Table [1, 1 + g * g, D] -> [1, 1 + grid * grid, D]: bicubic, not antialiased, as official."""
-    return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=1, antialias=False)
+def resize_position_table(
+    table: Tensor, grid: int | tuple[int, int], old: tuple[int, int] | None = None
+) -> Tensor:
+    """Table [1, 1 + g * g, D] -> [1, 1 + grid * grid, D]: bicubic, not antialiased, as official.
+
+    A grid that is no square is (rows, columns), the table's own (`old`) too.
+    """
+    new = [grid, grid] if isinstance(grid, int) else list(grid)
+    size = None if old is None else list(old)
+    if new == size:
+        return table
+    return resample_abs_pos_embed(table, new, size, num_prefix_tokens=1, antialias=False)

@@ -108,4 +108,4 @@ class Carry(nn.Module):
 
 def decoder_table(config: ModelConfig) -> nn.Parameter:
     """The frozen position table [1, L+1, d] of a decoder."""
-    return position_table(config.decoder_embed_dim, config.grid_size)
+    return position_table(config.decoder_embed_dim, config.grid)

@@ -106,7 +106,7 @@ class Model(Stage):
         return torch.stack([losses[name] * loss.weight for name, loss in self.losses.items()]).sum()
 
     def features(self, images: Tensor) -> Iterator[Tensor]:
-        """Tokens [B, L+1, D] after each block, class token first, of whole images [B, C, S, S].
+        """Tokens [B, L+1, D] after each block, class token first, of whole images [B, C, H, W].
 
         The last block's tokens are normalized by the encoder's final norm, as its decoder sees
         them.
@@ -117,11 +117,11 @@ class Model(Stage):
             yield self.norm(hidden) if int(index) + 1 == self.config.depth else hidden
 
     def embed_whole(self, images: Tensor) -> Tensor:
-        """Tokens [B, L+1, D] before the first block, of images [B, C, S, S] without a mask."""
+        """Tokens [B, L+1, D] before the first block, of images [B, C, H, W] without a mask."""
         num_patches = self.config.num_patches
         order = torch.arange(num_patches, dtype=torch.float32, device=images.device)
         everything = masking_from_noise(order.expand(len(images), -1), num_patches)
-        return self.embed(normalize(images), everything)[0]
+        return self.embed(normalize(images, self.config.pixel_statistics), everything)[0]
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
@@ -133,7 +133,8 @@ class Model(Stage):
             inputs[name] = tensors
             return tensors
 
-        self.encode(self.embed(normalize(images), masking), tap)
+        images = normalize(images, self.config.pixel_statistics)
+        self.encode(self.embed(images, masking), tap)
         name = list(inputs)[-1]
         return self.decode(name, inputs[name], masking)
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepmim_scale.batch import Masking
 from deepmim_scale.config import ModelConfig
+from deepmim_scale.image_format import show_size
 from deepmim_scale.images import normalize, pixel_scale
 from deepmim_scale.methods import decoder_names, method_of
 from deepmim_scale.models.blocks import LayerNorm, gather_tokens, position_table, transformer_block
@@ -47,7 +48,7 @@ class Stage(nn.Module):
         is_first, is_last = first == 1, last == config.depth
         if is_first:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-            self.pos_embed = position_table(config.embed_dim, config.grid_size)
+            self.pos_embed = position_table(config.embed_dim, config.grid)
             self.patch_embed = PatchEmbed(
                 config.img_size, config.patch_size, config.in_chans, config.embed_dim
             )
@@ -79,21 +80,23 @@ class Stage(nn.Module):
     def embed(self, images: Tensor, masking: Masking) -> State:
         """State before block 1: visible patches of images [B, C, H, W] with position and CLS.
 
-        images: uint8, or floating and normalized. ValueError for images of another size.
+        images: integers, or floating and normalized. ValueError for images of another size.
         """
-        side, (height, width) = self.config.img_size, images.shape[-2:]
+        height, width = images.shape[-2:]
         # Here for both paths: a gather of patches would take any size, with the wrong positions.
-        if height != side or width != side:
-            raise ValueError(f"images are {height}x{width}: must be img_size={side}; resize them")
+        if (height, width) != self.config.image_format.size:
+            wanted = show_size(self.config.img_size)
+            raise ValueError(f"images are {height}x{width}: must be img_size={wanted}; resize them")
+        statistics = self.config.pixel_statistics
         dtype, ids = self.cls_token.dtype, masking.ids_visible  # 16-bit weights, 16-bit images
         if use_triton("auto", images):
             # The visible patches alone go through the convolution, as the Linear that it is.
             size, project = self.config.patch_size, self.patch_embed.proj
-            pixels = gather_patches(images, ids, patch_size=size, **pixel_scale(images))
+            pixels = gather_patches(images, ids, patch_size=size, **pixel_scale(images, statistics))
             x = F.linear(pixels.to(dtype), project.weight.flatten(1), project.bias)
             x = x + self.pos_embed[0, 1:][ids]
         else:
-            x = self.patch_embed(normalize(images).to(dtype)) + self.pos_embed[:, 1:]
+            x = self.patch_embed(normalize(images, statistics).to(dtype)) + self.pos_embed[:, 1:]
             x = gather_tokens(x, ids)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         hidden = torch.cat([cls, x], dim=1)

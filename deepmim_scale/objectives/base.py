@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deepmim_scale.errors import UserError
+from deepmim_scale.methods.base import require
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +137,11 @@ def check_width(model: ModelConfig, teacher: str, width: int) -> None:
             f"teacher_dim={model.teacher_dim}: the features of {teacher} are {width} wide; "
             f"use --teacher-dim {width}"
         )
+
+
+def require_rgb(model: ModelConfig) -> None:
+    """ValueError unless a teacher that was trained on RGB can see the images."""
+    require(model.in_chans == 3, "in_chans", model.in_chans, f"target {model.target} sees RGB")
 
 
 def build_cosine(model: ModelConfig, teacher: Any) -> Objective:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepmim_scale.errors import UserError
+from deepmim_scale.image_format import show_size
 from deepmim_scale.json_file import read_json
 from deepmim_scale.objectives.base import (
     Networks,
@@ -17,6 +18,7 @@ from deepmim_scale.objectives.base import (
     TeacherSize,
     build_cosine,
     check_width,
+    require_rgb,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +67,9 @@ def check_fit(name: str, size: int, patch: int, width: int, model: ModelConfig) 
         theirs, ours = (size // patch) ** 2 + 1, model.num_patches + 1
         raise UserError(
             f"teacher={name}: {theirs} tokens from image size {size} and patch size {patch}, the "
-            f"model has {ours} from img_size={model.img_size} and patch_size={model.patch_size}; "
-            f"choose another teacher or --img-size {size} --patch-size {patch}"
+            f"model has {ours} from img_size={show_size(model.img_size)} and "
+            f"patch_size={model.patch_size}; choose another teacher or --img-size {size} "
+            f"--patch-size {patch}"
         )
     check_width(model, f"teacher={name}", width)
 
@@ -114,5 +117,6 @@ SPEC = ObjectiveSpec(
     build_cosine,
     load_teacher=_load,
     check_run=_check_run,
+    check_model=require_rgb,
     teacher_size=teacher_size,
 )

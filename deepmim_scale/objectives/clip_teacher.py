@@ -74,7 +74,8 @@ def load_teacher(
         ) from None
     mean, std = tag.get("mean", visual.image_mean), tag.get("std", visual.image_std)
     visual.output_tokens = True
-    return FrozenTeacher(visual, partial(_token_features, visual), mean, std).to(device)
+    ours = config.pixel_statistics
+    return FrozenTeacher(visual, partial(_token_features, visual), mean, std, ours=ours).to(device)
 
 
 def _check(visual: Any, name: str, config: ModelConfig) -> None:

@@ -47,7 +47,9 @@ def _build(model: ModelConfig, teacher: Ema | None) -> Objective:
     def nothing(images: Tensor) -> Tensor:
         raise missing_teacher(model.target, "latents [B, L, D]")
 
-    return SquaredErrorObjective(nothing) if teacher is None else LearningObjective(teacher)
+    if teacher is None:
+        return SquaredErrorObjective(nothing)
+    return LearningObjective(teacher, model.pixel_statistics)
 
 
 def _size(model: ModelConfig) -> TeacherSize:

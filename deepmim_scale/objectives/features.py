@@ -13,7 +13,8 @@ from deepmim_kernels import masked_cosine
 from torch import Tensor, nn
 
 from deepmim_scale.batch import Batch, Masking, expect_shape
-from deepmim_scale.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from deepmim_scale.image_format import IMAGENET, PixelStatistics
+from deepmim_scale.images import normalize
 from deepmim_scale.objectives.base import Objective, missing_teacher
 
 if TYPE_CHECKING:
@@ -40,21 +41,21 @@ class FrozenTeacher(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         num_prefix_tokens: int = 1,
+        ours: PixelStatistics = IMAGENET,
     ) -> None:
         super().__init__()
         self.network, self.tokens, self.num_prefix_tokens = network, tokens, num_prefix_tokens
         ours_mean, ours_std, its_mean, its_std = (
-            torch.tensor(values).view(-1, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
+            torch.tensor(values).view(-1, 1, 1) for values in (*ours, mean, std)
         )
-        # From ImageNet's statistics to the teacher's in one multiplication and addition.
+        # From our statistics to the teacher's in one multiplication and addition.
         self.register_buffer("scale", ours_std / its_std)
         self.register_buffer("shift", (ours_mean - its_mean) / its_std)
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features [B, prefix + L, P] of images [B, 3, S, S] normalized as `normalize` does."""
+        """Features [B, prefix + L, P] of images [B, 3, H, W] normalized as `normalize` does."""
         return self.tokens(images * self.scale + self.shift)
 
 
@@ -71,7 +72,7 @@ class CosineObjective(Objective):
         if features is None:
             if self._teacher is None:
                 raise missing_teacher(self._model.target, "features [B, L+1, P]")
-            features = self._teacher(normalize(batch.images))
+            features = self._teacher(normalize(batch.images, self._model.pixel_statistics))
         tokens = self._num_prefix_tokens + self._model.num_patches
         shape = (len(batch.images), tokens, self._model.out_dim)
         expect_shape("teacher", features, "[B, L+1, P]", shape)
@@ -98,13 +99,18 @@ class CosineObjective(Objective):
 class SquaredErrorObjective(Objective):
     """Mean squared error to features [B, L, P] that a function makes of normalized images."""
 
-    def __init__(self, make_features: Callable[[Tensor], Tensor]) -> None:
-        self._make_features = make_features
+    def __init__(
+        self,
+        make_features: Callable[[Tensor], Tensor],
+        statistics: PixelStatistics = IMAGENET,
+    ) -> None:
+        self._make_features, self._statistics = make_features, statistics
 
     def prepare(self, batch: Batch, masking: Masking) -> Tensor:
         """Features [B, L-K, P] of the masked patches, fp32."""
         with torch.no_grad():
-            features = self._make_features(normalize(batch.images)).float()
+            images = normalize(batch.images, self._statistics)
+            features = self._make_features(images).float()
         return features.gather(1, masking.ids_masked[..., None].expand(-1, -1, features.shape[-1]))
 
     def loss(
@@ -133,8 +139,8 @@ class LearningTeacher(Protocol):
 class LearningObjective(SquaredErrorObjective):
     """Mean squared error to a teacher that learns after every step."""
 
-    def __init__(self, teacher: LearningTeacher) -> None:
-        super().__init__(teacher.latents)
+    def __init__(self, teacher: LearningTeacher, statistics: PixelStatistics = IMAGENET) -> None:
+        super().__init__(teacher.latents, statistics)
         self._teacher = teacher
 
     def to(self, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 Each channel's gradient votes with its size into 9 unsigned orientations of its cell of 8 x 8
 pixels (a patch's side where that is smaller). A cell's histogram has unit length; a patch's target
-joins its cells and channels. Legend: B images, C channels, L patches, S image side, c cells.
+joins its cells and channels. Legend: B images, C channels, L patches, H x W an image, c cells.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def hog_width(model: ModelConfig) -> int:
 
 
 def hog(images: Tensor, patch_size: int, cell: int) -> Tensor:
-    """Images [B, C, S, S] -> [B, L, C * 9 * c * c], c = patch_size / cell."""
+    """Images [B, C, H, W] -> [B, L, C * 9 * c * c], c = patch_size / cell."""
     import torch
     from torch.nn import functional
 
@@ -49,8 +49,8 @@ def hog(images: Tensor, patch_size: int, cell: int) -> Tensor:
     histograms = functional.avg_pool2d(votes.flatten(0, 1), cell) * cell**2
     histograms = functional.normalize(histograms, dim=1)
     # [B, C, bins, rows of patches, c, columns of patches, c] -> a row per patch.
-    c, grid = patch_size // cell, images.shape[2] // patch_size
-    parts = histograms.reshape(len(images), -1, BINS, grid, c, grid, c)
+    c, rows, columns = patch_size // cell, *(side // patch_size for side in images.shape[2:])
+    parts = histograms.reshape(len(images), -1, BINS, rows, c, columns, c)
     return parts.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
 
 
@@ -61,7 +61,9 @@ def _check(model: ModelConfig) -> None:
 def _build(model: ModelConfig, teacher: object) -> Objective:
     from deepmim_scale.objectives.features import SquaredErrorObjective
 
-    return SquaredErrorObjective(lambda images: hog(images, model.patch_size, cell_side(model)))
+    return SquaredErrorObjective(
+        lambda images: hog(images, model.patch_size, cell_side(model)), model.pixel_statistics
+    )
 
 
 SPEC = ObjectiveSpec("hog", hog_width, _build, check_model=_check)

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from deepmim_scale.config import ModelConfig, RunConfig
 
 # What makes two models predict the same patches in the same space.
-_SHARED = ("img_size", "patch_size", "in_chans", "norm_pix", "mask_ratio")
+_SHARED = (
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "pixel_bits",
+    "pixel_mean",
+    "pixel_std",
+    "norm_pix",
+    "mask_ratio",
+)
 _GENERATOR = "mae"
 
 

@@ -67,7 +67,7 @@ class PixelObjective(Objective):
             mix_target=targets.mix if mix_alpha < 1 else None,
             mix_alpha=mix_alpha,
             expected_grad_scale=grad_scale,
-            **pixel_scale(targets.images),
+            **pixel_scale(targets.images, self._model.pixel_statistics),
         )
 
 

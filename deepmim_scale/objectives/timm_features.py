@@ -63,8 +63,9 @@ def _load(config: RunConfig, networks: Networks) -> Any:
             f"no weights of {model.target} for img_size={model.img_size} ({base.one_line(error)})"
         )
         raise UserError(f"teacher={file}: {rule}; save that model's state dict") from None
-    mean, std = (teacher.pretrained_cfg[key] for key in ("mean", "std"))
-    return FrozenTeacher(teacher, teacher.forward_features, mean, std, teacher.num_prefix_tokens)
+    its, ours = teacher.pretrained_cfg, model.pixel_statistics
+    numbers = (its["mean"], its["std"], teacher.num_prefix_tokens, ours)
+    return FrozenTeacher(teacher, teacher.forward_features, *numbers)
 
 
 SPEC = ObjectiveSpec(
@@ -73,6 +74,7 @@ SPEC = ObjectiveSpec(
     base.build_cosine,
     load_teacher=_load,
     check_run=_check_run,
+    check_model=base.require_rgb,
     teacher_size=_size,
     takes_argument=True,
 )

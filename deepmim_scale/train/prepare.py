@@ -12,6 +12,7 @@ from deepmim_scale.arguments import difference
 from deepmim_scale.checkpoint import networks
 from deepmim_scale.config import RunConfig, num_steps
 from deepmim_scale.data.open_source import open_source
+from deepmim_scale.data.pixel_statistics import check_pixels, with_statistics
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import Source, good_ids
 from deepmim_scale.data.staging import stage_source
@@ -79,17 +80,19 @@ def prepare(config: RunConfig) -> PreparedRun:
         )
     changes = difference(config)
     objective_of(config.model).check_run(config, networks)
+    if not config.data:
+        raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")
+    config = with_statistics(config)
     batch = resolve_batch(config, num_replicas=world // config.stages)
     pipeline = training_plan(config, batch.microbatches)
     config = config.replace(global_batch=batch.global_batch, microbatches=None)
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     check_free(config.output)
     may_resume = check_output(config)
-    if not config.data:
-        raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")
     train = open_source(config.data, "train", config.on_bad, config.cache)
     assert train is not None, "a source raises where there is nothing to train on"
     validation = open_source(config.data, "val", config.on_bad, config.cache)
+    check_pixels(config, train)
     samples = SamplePlan(len(train), config.seed, batch.global_batch)
     check_length(config, samples.steps_per_epoch)
     _check_profile(config, num_steps(config, samples.steps_per_epoch))

@@ -46,12 +46,13 @@ def pixel_scale(
     if images.is_floating_point():
         require(
             mean is None and std is None,
-            f"pixel_mean and pixel_std are for uint8 images, not {images.dtype}; leave them out",
+            f"pixel_mean and pixel_std are for uint8 images (or uint16), not {images.dtype}; leave "
+            "them out",
         )
         return [], []
-    if images.dtype != torch.uint8 or mean is None or std is None:
+    if images.dtype not in (torch.uint8, torch.uint16) or mean is None or std is None:
         raise ValueError(
-            f"images are {images.dtype}; pass uint8 with pixel_mean and pixel_std, "
+            f"images are {images.dtype}; pass uint8 with pixel_mean and pixel_std (or uint16), "
             "or normalize them to floating point"
         )
     channels = images.shape[1]

@@ -35,16 +35,17 @@ def warps_for(block: int, itemsize: int) -> int:
 
 @triton.jit
 def load_pixels(pointers, c, inside, MEAN: tl.constexpr, STD: tl.constexpr, C: tl.constexpr):
-    """Pixels as fp32; bytes become (v / 255 - mean[c]) / std[c] when MEAN is not empty."""
+    """Pixels as fp32; integers become (v / top - mean[c]) / std[c] when MEAN is not empty."""
     x = tl.load(pointers, mask=inside, other=0).to(tl.float32)
     if len(MEAN) > 0:
+        TOP: tl.constexpr = 255.0 if pointers.dtype.element_ty == tl.uint8 else 65535.0
         # Constants instead of two tables in memory: C is at most a handful.
         mean = tl.zeros_like(x)
         scale = tl.zeros_like(x)
         for i in tl.static_range(C):
-            # 255 goes into both constants, so that a pixel costs one subtraction and one product.
-            mean = tl.where(c == i, 255.0 * MEAN[i], mean)
-            scale = tl.where(c == i, 1.0 / (255.0 * STD[i]), scale)
+            # top goes into both constants, so that a pixel costs one subtraction and one product.
+            mean = tl.where(c == i, TOP * MEAN[i], mean)
+            scale = tl.where(c == i, 1.0 / (TOP * STD[i]), scale)
         x = (x - mean) * scale
     # Lanes beyond the patch hold -mean * scale by now, which would enter its statistics.
     return tl.where(inside, x, 0.0)

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch.compile guards on its value, and traces again when `use_backend` changes it.
 DEFAULT_BACKEND = os.environ.get("DEEPMIM_KERNELS", "auto")
 
-DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32)
 
 
 def use_backend(name: Backend) -> None:

@@ -40,8 +40,9 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.uint16: "*u16",
 }
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406, 0.5, 0.4), (0.229, 0.224, 0.225, 0.2, 0.2)
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,15 @@ def mse_call(
     patch: int = 16,
     packed: bool = True,
     pair: bool = False,
-    uint8: bool = True,
+    image: torch.dtype = torch.uint8,
+    channels: int = 3,
     rows: bool = True,
     grad: bool = True,
 ) -> None:
     """A `masked_mse` launch on 224 x 224 images: 147 of 196 patches at P = 16."""
     batch, side = 128, 224 // patch
-    tokens, dim = (side**2 * 3 // 4 if packed else side**2 + 1), 3 * patch**2
+    tokens, dim = (side**2 * 3 // 4 if packed else side**2 + 1), channels * patch**2
+    mean, std = ((), ()) if image.is_floating_point else (MEAN[:channels], STD[:channels])
     empty = partial(torch.empty, device="meta")
     pred = empty(batch, tokens, dim, dtype=dtype)
     launch_masked_mse(
@@ -133,7 +136,7 @@ def mse_call(
         # The values do not matter on meta tensors, only dtypes and null pointers.
         pred if pair else None,
         pred if pair else None,
-        empty(batch, 3, 224, 224, dtype=torch.uint8 if uint8 else torch.float32),
+        empty(batch, channels, 224, 224, dtype=image),
         None if packed else empty(batch, side**2),
         empty(batch, tokens, dtype=torch.int64) if packed else None,
         empty(()),
@@ -142,8 +145,8 @@ def mse_call(
         prefix_tokens=0 if packed else 1,
         norm_pix=True,
         mix_alpha=0.5,
-        mean=MEAN if uint8 else (),
-        std=STD if uint8 else (),
+        mean=mean,
+        std=std,
     )
 
 
@@ -188,8 +191,8 @@ def gather_call(dtype: torch.dtype, *, uint8: bool = False) -> None:
         empty(128, 3, 224, 224, dtype=torch.uint8 if uint8 else dtype),
         empty(128, 49, dtype=torch.int64),
         patch_size=16,
-        mean=MEAN if uint8 else (),
-        std=STD if uint8 else (),
+        mean=MEAN[:3] if uint8 else (),
+        std=STD[:3] if uint8 else (),
     )
 
 
@@ -203,7 +206,8 @@ def rescale_call(dtype: torch.dtype) -> None:
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "onepass p16 packed uint8": mse_call,
-    "onepass p16 packed fp32 image": partial(mse_call, uint8=False),
+    "onepass p16 packed fp32 image": partial(mse_call, image=torch.float32),
+    "onepass p16 packed uint16, 5 channels": partial(mse_call, image=torch.uint16, channels=5),
     "onepass p16 dense": partial(mse_call, packed=False),
     "onepass p16 pair hybrid": partial(mse_call, pair=True),
     "loss only p16": partial(mse_call, grad=False),

@@ -53,8 +53,9 @@ def masked_mse(
     Args:
         pred: [B, prefix_tokens + L, D] with `mask`, or packed [B, K, D] with `ids`;
             D = P*P*C in the order (row, column, channel). Any strides.
-        images: [B, C, H, W]; floating and already normalized, or uint8 with `pixel_mean` and
-            `pixel_std` (C floats each, for pixels scaled to [0, 1]). Any strides, no gradient.
+        images: [B, C, H, W]; floating and already normalized, or uint8 or uint16 with
+            `pixel_mean` and `pixel_std` (C floats each, for pixels scaled to [0, 1]). Any
+            strides, no gradient.
         mask: [B, L], 1 for a masked patch; fractional weights are allowed, bool and int too.
         ids: [B, K] int64, the patch that each packed prediction belongs to, below L.
         norm_pix: regress patches with mean 0 and unbiased variance 1 (eps 1e-6), else pixels.
@@ -247,7 +248,7 @@ def gather_patches(
     Features are ordered (channel, row, column), so `F.linear(x, conv.weight.flatten(1), conv.bias)`
     equals the patch convolution. Images as in `masked_mse`; ids [B, K] int64.
 
-    Returns [B, K, C*P*P] in the dtype of floating images, fp32 for uint8; no gradient.
+    Returns [B, K, C*P*P] in the dtype of floating images, fp32 for integers; no gradient.
     Raises `ValueError` for shapes that do not fit and for images that require a gradient.
     """
     mean, std = check.pixel_scale(images, pixel_mean, pixel_std)

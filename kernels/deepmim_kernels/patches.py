@@ -84,7 +84,7 @@ def launch_gather_patches(
 def gather_patches_op(
     images: Tensor, ids: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Pixels [B, K, C*P*P] in the dtype of floating images, fp32 for uint8."""
+    """Pixels [B, K, C*P*P] in the dtype of floating images, fp32 for integers."""
     out = _output(images, ids, patch_size, mean, std)
     launch_gather_patches(out, images, ids, patch_size, mean, std)
     return out

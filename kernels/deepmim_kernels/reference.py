@@ -17,13 +17,18 @@ Floats = Sequence[float]
 
 
 def normalize(images: Tensor, mean: Floats, std: Floats, dtype: torch.dtype) -> Tensor:
-    """Images [B, C, H, W] in `dtype`; with `mean` and `std`, bytes v as (v / 255 - mean) / std."""
+    """Images [B, C, H, W] in `dtype`; with `mean` and `std`, integers v as (v / top - mean) / std.
+
+    `top` is 255 for uint8 and 65535 for uint16.
+    """
     # The cast comes first: bytes would be divided in the default dtype.
     x = images.to(dtype)
     if not mean:
         return x
     channels = (1, len(mean), 1, 1)
-    return (x / 255 - x.new_tensor(mean).view(channels)) / x.new_tensor(std).view(channels)
+    return (x / torch.iinfo(images.dtype).max - x.new_tensor(mean).view(channels)) / x.new_tensor(
+        std
+    ).view(channels)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -65,14 +65,26 @@ MODELS = {
         "patch_size": 16,
     },
     "toys": {"method": "two_decoders", "target": "color"},
+    # Five channels of 16 bits, in images that are no squares.
+    "deep": {
+        "method": "deepmim",
+        "in_chans": 5,
+        "img_size": (24, 16),
+        "pixel_bits": 16,
+        "pixel_mean": (0.5, 0.4, 0.3, 0.2, 0.1),
+        "pixel_std": (0.3, 0.2, 0.2, 0.1, 0.1),
+    },
 }
 BY_HAND = "by_hand"
 
 
 def micro_batch(step: int, m: int, replica: int, config: ModelConfig) -> Batch:
     generator = torch.Generator().manual_seed(1000 * step + 10 * m + replica)
-    side = config.img_size
-    images = torch.randn(BATCH, 3, side, side, generator=generator)
+    image = config.image_format
+    shape = (BATCH, image.channels, *image.size)
+    images = torch.randn(shape, generator=generator)
+    if image.bits == 16:
+        images = torch.randint(2**16, shape, generator=generator).to(torch.uint16)
     return Batch(images, torch.rand(BATCH, config.num_patches, generator=generator))
 
 

@@ -32,6 +32,7 @@ from deepmim_scale.data.step_loader import (
     StepLoader,
     build_step_loader,
 )
+from deepmim_scale.image_format import ImageFormat
 
 STAGES, BATCH, SIZE, STEPS = 4, 3, 16, 3
 MODES: list[FeedMode] = ["rotate", "first", "replicate"]
@@ -118,7 +119,7 @@ def worker(root: Path, stage: int) -> None:
     ) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
         """Stage 2 sees one wrong pixel in the third step's second micro-batch."""
         read_image = torch_backend.image_reader(open_folder(root / "good"))
-        decoded = torch_backend.stream(requests, read_image, SIZE, 1)
+        decoded = torch_backend.stream(requests, read_image, ImageFormat(3, SIZE, SIZE), 1)
         for number, (request, images) in enumerate(decoded):
             if stage == 2 and number == 2 * 4 + 1:
                 images[1, 0, 5, 5] ^= 1
@@ -187,7 +188,7 @@ def test_bytes_equal_the_formula(
     stages: list[dict[str, Any]], mode: FeedMode, microbatches: int
 ) -> None:
     for stage in range(STAGES):
-        formula = received_bytes(mode, microbatches, stage, STAGES, BATCH, SIZE)
+        formula = received_bytes(mode, microbatches, stage, STAGES, BATCH, 3 * SIZE * SIZE)
         assert stages[stage][f"{mode} {microbatches}"]["bytes"] == STEPS * formula, stage
 
 

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from free_port import free_port
 
 from deepmim_scale.analysis.commands import TimelineArguments, run_timeline
 from deepmim_scale.checkpoint import files
+from deepmim_scale.cli import main as cli
 from deepmim_scale.pipeline.draw import timelines_of
 from deepmim_scale.pipeline.ir import COMPUTE_KINDS
 from deepmim_scale.runs.folder import read_metrics
@@ -163,3 +166,22 @@ def check_trace(run: Path, told: str) -> None:
     assert sum(simulated.busy) == pytest.approx(sum(measured.busy))
     run_timeline(TimelineArguments(run=str(run)))
     assert (run / "timeline.png").stat().st_size > 10_000
+
+
+def test_deep_images_of_five_channels(tmp_path: Path) -> None:
+    """16 bits, no squares: two stages have the bits of one, fed by each other."""
+    folder = tmp_path / "five" / "train" / "a"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for number in range(20):
+        np.save(folder / f"{number}.npy", draw.integers(0, 65536, (30, 40, 5), dtype=np.uint16))
+    cli(["data", "stats", str(tmp_path / "five")])
+    words = ["--preset", "debug", "--data", str(tmp_path / "five"), "--microbatch-size", "4"]
+    words += ["--in-chans", "5", "--img-size", "32", "48", "--steps", "3", "--check-feed", "1"]
+    runs = [tmp_path / name for name in ("one", "two")]
+    finished([sys.executable, PRETRAIN, *SAME, *words, "--output", str(runs[0])])
+    finished(launched(2, *words, "--stages", "2", "--output", str(runs[1])))
+    one, two = (read_metrics(run) for run in runs)
+    assert [row["loss"] for row in one] == [row["loss"] for row in two]
+    weights = [files.read_tensors(files.resolve(run), "weights") for run in runs]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())

@@ -67,11 +67,11 @@ def legal_cases(world: int, *, thorough: bool) -> dict[str, Case]:
 
 
 def other_cases(world: int) -> dict[str, Case]:
-    """Other targets, a user's own method, target and schedule, and schedules read from files."""
+    """Other targets and images, a user's method, target and schedule, schedules from files."""
     names = ("placement", "schedule", "microbatches", "compare")
     base: Case = dict(zip(names, ("linear", "dib", 4, False), strict=True)) | {"stages": world}
     cases: dict[str, Case] = {}
-    for kind in ("hog", "timm", "toys"):
+    for kind in ("hog", "timm", "toys", "deep"):
         own = "twos" if kind == "toys" else "dib_w"
         for schedule in ("dib", own) if world == 2 else ("dib",):
             case = base | {"method": kind, "schedule": schedule, "alone": f"{kind} 1 dib"}

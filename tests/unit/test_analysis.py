@@ -76,7 +76,7 @@ def test_uniform_attention() -> None:
     for block in blocks:
         assert block.distances == pytest.approx([uniform_distance(8)] * 4, rel=1e-5)
         assert block.head_cosine == pytest.approx(1, rel=1e-5)
-    assert attention.patch_distances(8).mean().item() == pytest.approx(uniform_distance(8))
+    assert attention.patch_distances(8, 8).mean().item() == pytest.approx(uniform_distance(8))
 
 
 def test_attention_to_one_place() -> None:
@@ -85,7 +85,7 @@ def test_attention_to_one_place() -> None:
     first[:, 0] = 1
     maps = torch.stack([own, first])[None]
     expected = sum((x**2 + y**2) ** 0.5 for x in range(3) for y in range(3)) / 9
-    assert attention.mean_distances(maps)[0].tolist() == pytest.approx([0, expected])
+    assert attention.mean_distances(maps, (3, 3))[0].tolist() == pytest.approx([0, expected])
     # Only query 0 looks alike: a product of 1 over norms of 3 each.
     assert attention.head_cosines(maps).item() == pytest.approx(1 / 9)
     assert attention.head_cosines(maps[:, :1]).item() == 0, "one head has no pair"

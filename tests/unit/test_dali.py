@@ -49,7 +49,9 @@ def digests(source: Source, **options: Any) -> list[str]:
         hashlib.sha1(
             images.numpy().tobytes() + rows.boxes.tobytes() + rows.flips.tobytes()
         ).hexdigest()
-        for rows, images in dali.stream(plan(source, 25), source, SIZE, max_batch=25, **options)
+        for rows, images in dali.stream(
+            plan(source, 25), source, (SIZE, SIZE), max_batch=25, **options
+        )
     ]
 
 
@@ -59,7 +61,9 @@ def photos(photographs: Path) -> FolderSource:
 
 
 def test_pixels_are_pils(photos: FolderSource) -> None:
-    found = torch.cat([images for _, images in dali.stream(plan(photos, 32), photos, SIZE, 2, 32)])
+    found = torch.cat(
+        [images for _, images in dali.stream(plan(photos, 32), photos, (SIZE, SIZE), 2, 32)]
+    )
     assert found.shape == (200, 3, SIZE, SIZE)
     (rows,) = plan(photos, 200)
     expected = []
@@ -94,7 +98,7 @@ def test_equal_over_processes_threads_and_prefetch(photos: FolderSource) -> None
 def test_any_start_gives_the_rest(photos: FolderSource) -> None:
     def hashes(first: int) -> list[str]:
         rows = itertools.islice(plan(photos, 25), first, None)
-        stream = dali.stream(rows, photos, SIZE, 1, 25)
+        stream = dali.stream(rows, photos, (SIZE, SIZE), 1, 25)
         return [hashlib.sha1(images.numpy().tobytes()).hexdigest() for _, images in stream]
 
     whole = hashes(0)
@@ -119,7 +123,7 @@ def test_a_bad_file_is_one_line(
         path.write_bytes(data.encode() if isinstance(data, str) else data)
     if data == "half":
         path.write_bytes(photos.read(3)[:1500])
-    stream = dali.stream(iter([good, bad, late]), source, SIZE, 1, 2)
+    stream = dali.stream(iter([good, bad, late]), source, (SIZE, SIZE), 1, 2)
     assert next(stream)[1].shape == (2, 3, SIZE, SIZE), "what is read ahead fails in its turn"
     with pytest.raises(BadImage, match=r"^DALI: ") as error:
         next(stream)

@@ -18,6 +18,7 @@ from deepmim_scale.data.folder_source import open_folder
 from deepmim_scale.data.jpeg_region import decode_region
 from deepmim_scale.data.sample_plan import crops
 from deepmim_scale.data.torch_backend import cut, decode_fast, decode_image, image_reader, resize
+from deepmim_scale.image_format import ImageFormat
 
 needs_compiler = pytest.mark.skipif(
     not jpeg_region.is_available(), reason="no C compiler, or no headers of libjpeg-turbo"
@@ -114,7 +115,7 @@ def test_the_difference_of_fast_is_bounded(photographs: Path) -> None:
         photo = Image.open(path).resize((640, 480), Image.Resampling.BICUBIC)
         data = encode(photo, quality=92)
         for box in crops(seed, 0, np.arange(6), np.full(6, 480), np.full(6, 640), 0.2):
-            fast = decode_fast(data, (480, 640), box, 64)
+            fast = decode_fast(data, (480, 640), box, (64, 64))
             if fast is not None:
                 exact = resize(cut(decode_image(data), box), 64, 64)
                 differences.append(np.abs(fast - exact.astype(np.int64)).mean())
@@ -133,7 +134,10 @@ def test_fast_is_exact_where_no_fraction_suffices(
     source = open_folder(photographs)  # 96 px a side
     boxes = crops(0, 0, np.arange(40), *source.sizes[:40].T, 0.2)
     for i, box in enumerate(boxes):
-        fast, exact = image_reader(source, fast_size=50)(i, box), image_reader(source)(i, box)
+        fast, exact = (
+            image_reader(source, ImageFormat(3, 50, 50), fast=True)(i, box),
+            image_reader(source)(i, box),
+        )
         np.testing.assert_array_equal(fast, exact)
 
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "deepmim_scale"
 # annotations alone (`if TYPE_CHECKING`) are no arrows: nothing runs through them.
 ORDER = [
     ["errors", "precision", "ranks"],
-    ["settings", "json_file"],
+    ["settings", "json_file", "image_format"],
     ["operation"],
     ["methods"],
     ["batch", "images"],

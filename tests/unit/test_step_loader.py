@@ -33,6 +33,7 @@ from deepmim_scale.data.step_loader import (
     iter_validation,
 )
 from deepmim_scale.errors import RunFailure
+from deepmim_scale.image_format import ImageFormat
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -115,7 +116,9 @@ def test_batches_are_the_plans(source: FolderSource) -> None:
             boxes = crops(5, epoch, ids, heights, widths, 0.2)
             request = DecodeRequest(ids, boxes, flips(5, epoch, ids))
             assert all_ids([batch]) == ids.tolist()
-            assert torch.equal(batch.images, torch_backend.start(request, read_image, 16, 1)())
+            assert torch.equal(
+                batch.images, torch_backend.start(request, read_image, ImageFormat(3, 16, 16), 1)()
+            )
             assert batch.labels is not None
             assert batch.labels.dtype == torch.int64
             assert batch.labels.tolist() == [3 * i // 26 for i in ids]
@@ -143,7 +146,7 @@ def test_cache_and_prefetch_change_nothing(
         backend = functools.partial(
             torch_backend.stream,
             read_image=torch_backend.image_reader(source),
-            size=16,
+            image=ImageFormat(3, 16, 16),
             threads=1,
             prefetch=prefetch,
         )
@@ -389,10 +392,14 @@ def test_every_microbatch_is_decoded_by_one_stage(microbatches: int, stages: int
 
 def test_bytes_of_the_notes() -> None:
     """128 images of 224 pixels: 14.5 MB per rank and micro-batch with 4 stages, 16.9 with 8."""
-    assert received_bytes("rotate", 4, 1, 4, 128, 224) / 4e6 == pytest.approx(14.45, abs=0.01)
-    assert received_bytes("rotate", 8, 1, 8, 128, 224) / 8e6 == pytest.approx(16.86, abs=0.01)
-    assert received_bytes("first", 8, 0, 4, 128, 224) == 0
-    assert received_bytes("replicate", 8, 3, 4, 128, 224) == 0
+    assert received_bytes("rotate", 4, 1, 4, 128, 3 * 224 * 224) / 4e6 == pytest.approx(
+        14.45, abs=0.01
+    )
+    assert received_bytes("rotate", 8, 1, 8, 128, 3 * 224 * 224) / 8e6 == pytest.approx(
+        16.86, abs=0.01
+    )
+    assert received_bytes("first", 8, 0, 4, 128, 3 * 224 * 224) == 0
+    assert received_bytes("replicate", 8, 3, 4, 128, 3 * 224 * 224) == 0
 
 
 @given(st.data())

@@ -29,8 +29,10 @@ from deepmim_scale.data.torch_backend import (
     stream,
 )
 from deepmim_scale.errors import UserError
+from deepmim_scale.image_format import ImageFormat
 
 CPU = torch.device("cpu")
+IMAGE = ImageFormat(3, 32, 32)
 
 
 class Photos(NamedTuple):
@@ -95,7 +97,11 @@ def real(photographs: Path) -> Photos:
 @pytest.mark.parametrize("kind", ["real", "photos"])
 def test_pixels_are_pils(kind: str, size: int, request: pytest.FixtureRequest) -> None:
     paths, wanted = request.getfixturevalue(kind)
-    ours = start(wanted, reader(paths), size, threads=2)().numpy().astype(np.int64)
+    ours = (
+        start(wanted, reader(paths), ImageFormat(3, size, size), threads=2)()
+        .numpy()
+        .astype(np.int64)
+    )
     rows = zip(paths, wanted.boxes.tolist(), wanted.flips.tolist(), strict=True)
     difference = np.abs(ours - np.stack([pil_crop(*row, size) for row in rows]))
     assert difference.mean() <= 0.05, difference.mean()
@@ -112,9 +118,9 @@ def test_threads_and_prefetch_change_nothing(photos: Photos) -> None:
                 whole_request.ids[at], whole_request.boxes[at], whole_request.flips[at]
             )
 
-    whole = start(whole_request, read_image, 32, threads=1)()
+    whole = start(whole_request, read_image, IMAGE, threads=1)()
     for threads, prefetch in [(1, 1), (2, 2), (3, 4)]:
-        rows, images = zip(*stream(parts(), read_image, 32, threads, prefetch), strict=True)
+        rows, images = zip(*stream(parts(), read_image, IMAGE, threads, prefetch), strict=True)
         assert torch.equal(torch.cat(images), whole), (threads, prefetch)
         np.testing.assert_array_equal(
             np.concatenate([part.ids for part in rows]), whole_request.ids
@@ -177,13 +183,13 @@ def test_held_out_images_follow_torchvision(tmp_path: Path, height: int, width: 
     picture(height, width).save(path)
     resize = Resize(36, InterpolationMode.BICUBIC)
     expected = np.asarray(CenterCrop(32)(resize(Image.open(path))), np.int64)
-    found = decode_whole(np.array([0]), reader([str(path)]), 32, 1)[0].permute(1, 2, 0).numpy()
+    found = decode_whole(np.array([0]), reader([str(path)]), IMAGE, 1)[0].permute(1, 2, 0).numpy()
     assert np.abs(found - expected).max() <= 2
 
 
 def test_held_out_image_of_the_inputs_size_is_untouched() -> None:
     image = np.asarray(picture(32, 32))
-    np.testing.assert_array_equal(center(image, 32), image)
+    np.testing.assert_array_equal(center(image, (32, 32)), image)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_bad_files_are_named(tmp_path: Path, data: bytes | str, reason: str) -> 
     source = open_folder(tmp_path / "images", on_bad="replace")
     rows = DecodeRequest(np.arange(2), np.array([[0, 0, 6, 8]] * 2), np.zeros(2, bool))
     with pytest.raises(BadImage, match=rf"bad\.jpg: .*{reason}") as error:
-        start(rows, image_reader(source), 16, threads=2)()
+        start(rows, image_reader(source), ImageFormat(3, 16, 16), threads=2)()
     assert "\n" not in str(error.value)
     assert ".cpp" not in str(error.value)
 

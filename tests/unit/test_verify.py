@@ -29,6 +29,7 @@ from deepmim_scale.data.step_loader import FeedOptions, Share, Span, build_step_
 from deepmim_scale.data.torch_backend import image_reader, stream
 from deepmim_scale.data.verify import captured_stderr, verify_folder
 from deepmim_scale.errors import UserError
+from deepmim_scale.image_format import ImageFormat
 
 NUM_GOOD = 7
 BACKENDS = ["torch"] + ["dali"] * (importlib.util.find_spec("nvidia.dali") is not None)
@@ -107,9 +108,13 @@ def train(source: FolderSource, backend: str, on_bad: OnBad) -> tuple[torch.Tens
     if backend == "dali":
         from deepmim_scale.data import dali
 
-        decoder = functools.partial(dali.stream, source=source, size=32, threads=1, max_batch=4)
+        decoder = functools.partial(
+            dali.stream, source=source, size=(32, 32), threads=1, max_batch=4
+        )
     else:
-        decoder = functools.partial(stream, read_image=image_reader(source), size=32, threads=1)
+        decoder = functools.partial(
+            stream, read_image=image_reader(source), image=ImageFormat(3, 32, 32), threads=1
+        )
     plan = SamplePlan(len(source), 1, 4)
     span, options = Span(0, 2 * plan.steps_per_epoch), FeedOptions(on_bad=on_bad)
     loader = build_step_loader(config, source, plan, Share(), span, options, backend=decoder)

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.2)
+MEAN, STD = (0.485, 0.456, 0.406, 0.5, 0.1), (0.229, 0.224, 0.225, 0.2, 0.05)
 FACTORS: dict[str, list[Any]] = {
     "dtype": [torch.float32, torch.float16, torch.bfloat16],
     "patch": [7, 8, 14, 16, 32],
-    "channels": [1, 3, 4],
+    "channels": [1, 3, 4, 5],
     "selection": ["all", "none", "random", "bernoulli", "packed", "packed one"],
     "mode": ["onepass", "onepass hinted", "recompute"],
     "upstream": [1.0, 0.25, 65536.0],
-    "images": ["fp32", "fp16", "uint8", "uint8 channels last", "fp32 sliced"],
+    "images": ["fp32", "fp16", "uint8", "uint8 channels last", "uint16", "fp32 sliced"],
     "shape": [(1, 2, 2), (2, 2, 3), (3, 1, 2)],
     "target": ["plain", "pair", "hybrid", "pixels"],
 }
@@ -64,8 +64,10 @@ def covering() -> list[Case]:
 
 def make_images(case: Case, batch: int, height: int, width: int) -> tuple[Tensor, dict[str, Any]]:
     shape = (batch, case.channels, height, width)
-    if case.images.startswith("uint8"):
+    if case.images.startswith("uint"):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        if case.images == "uint16":
+            images = (257 * images.int() - torch.randint(0, 257, shape)).clamp(0).to(torch.uint16)
         if case.images.endswith("channels last"):
             images = images.to(memory_format=torch.channels_last)
         scale = {"pixel_mean": MEAN[: case.channels], "pixel_std": STD[: case.channels]}
