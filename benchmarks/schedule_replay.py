@@ -10,6 +10,10 @@ With `--message-share 0.5` every message also takes half of what a stage compute
 a thread for each channel sleeps before it sends. The last column then says which share of all
 messages' time (the mean of the ranks), beyond the P - 1 messages that fill the pipe, is hidden.
 
+With `--reduction-share 0.25` each rank also sums its gradients over replicas: a thread sleeps for
+a quarter of what a stage computes for a micro-batch, piece by piece as gradients appear, and the
+flush waits for it. The column `sums` says which share of that the step does not get longer by.
+
 Ends with exit code 1 when a measured median is more than 3 % away from the simulation.
 """
 
@@ -26,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from deepmim_scale.pipeline.builders import BuiltSchedule, SchedulingProblem
+from deepmim_scale.pipeline.ir import Durations, Instruction, Reduction, last_gradients
 from deepmim_scale.pipeline.registry import build_schedule, find_schedule
+from deepmim_scale.plan.cost import stage_cost
 from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import format_layout
 from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
@@ -47,6 +53,7 @@ LINEAR = ("1f1b", "zb_h1", "dib", "dib_w")
 CASES = {
     "b12": ("deepmim_vit_b_12", "even", 4, "linear", LINEAR),
     "b48": ("deepmim_vit_b_48", "even:8", 8, "linear", LINEAR),
+    "b12_1": ("deepmim_vit_b_12", "even", 1, "linear", ("dib",)),
     "mirl": ("mirl_vit_b_48", "", 3, "v", ("1f1b", "dib")),
 }
 Sizes = dict[tuple[str, int], int]
@@ -54,13 +61,33 @@ TOLERANCE = 0.03
 REPEATS = 5
 
 
-def schedules(
-    case: str, num_microbatches: int, seconds: float, message_share: float = 0.0
-) -> tuple[str, list[BuiltSchedule], Sizes, Mapping[Any, float]]:
-    """(layout, schedules, floats per message, seconds per message).
+@dataclass(frozen=True)
+class Case:
+    """What is replayed for one number of micro-batches."""
 
-    Times are scaled so that 1f1b takes `seconds` where messages take none.
-    """
+    layout: str
+    built: list[BuiltSchedule]
+    durations: list[Durations]
+    """Of each schedule."""
+    plain: list[BuiltSchedule]
+    """The schedules without messages and sums, replayed too where either takes time."""
+    plain_durations: list[Durations]
+    sizes: Sizes
+    """Floats of a message."""
+
+    @property
+    def runs(self) -> list[tuple[BuiltSchedule, Durations]]:
+        """What is replayed."""
+        slow = any(sum(times.transfer.values()) for times in self.durations)
+        slow |= any(step.kind == "reduce_encoder" for step in self.built[0].schedule.ranks[0])
+        found = [*zip(self.built, self.durations, strict=True)]
+        return found + [*zip(self.plain, self.plain_durations, strict=True)] * slow
+
+
+def prepare(
+    case: str, num_microbatches: int, seconds: float, message_share: float, sum_share: float
+) -> Case:
+    """Schedules whose times are such that the first takes `seconds` without messages and sums."""
     preset, taps, stages, placement, names = CASES[case]
     model = load_preset(preset).model
     if taps:
@@ -68,23 +95,87 @@ def schedules(
     layout = layout_of(model, stages, placement)
     pipeline, memory = pipeline_of(model, layout, placement), memory_of(model, layout, 1)
 
-    transfer: dict[Any, float] = {}
-
-    def made(name: str, rate: float, share: float) -> BuiltSchedule:
+    def timed(name: str, rate: float, messages: float, sums: float) -> Durations:
         times = times_of(model, layout, 1, rate, split=find_schedule(name).split_backward)
         whole = times_of(model, layout, 1, rate).compute
-        each = [
+        longest = max(
             sum(whole[kind, s] for kind in ("forward", "decoder", "encoder_backward"))
             for s in range(pipeline.num_stages)
-        ]
-        transfer.update(dict.fromkeys(times.transfer, max(each) * share))
-        times = replace(times, transfer=dict(transfer))
-        return build_schedule(name, SchedulingProblem(pipeline, num_microbatches, times, memory))
+        )
+        # In proportion to parameters; the largest rank's take the share that is asked for.
+        costs = [stage_cost(model, stage.first, stage.last) for stage in layout]
+        largest = max(
+            sum(costs[s].whole.trainable for s in pipeline.stages_of(rank))
+            for rank in range(pipeline.num_ranks)
+        )
+        compute = dict(times.compute)
+        for s, cost in enumerate(costs):
+            for kind, part in ("reduce_encoder", cost.encoder), ("reduce_decoders", cost.decoders):
+                compute[kind, s] = longest * sums * part.trainable / largest
+        return replace(
+            times, compute=compute, transfer=dict.fromkeys(times.transfer, longest * messages)
+        )
 
-    rate = made(names[0], 1.0, 0.0).timeline.makespan / seconds
-    sizes = {(m.payload, m.source): m.num_bytes // 4 for m in transfers_of(model, layout, 1)}
-    builts = [made(name, rate, message_share) for name in names]
-    return format_layout(layout, model), builts, sizes, transfer
+    def made(name: str, times: Durations, reduction: Reduction | None) -> BuiltSchedule:
+        return build_schedule(
+            name,
+            SchedulingProblem(pipeline, num_microbatches, times, memory, reduction=reduction),
+        )
+
+    rate = made(names[0], timed(names[0], 1.0, 0.0, 0.0), None).timeline.makespan / seconds
+    durations = [timed(name, rate, message_share, sum_share) for name in names]
+    plain = [timed(name, rate, 0.0, 0.0) for name in names]
+    reduction: Reduction | None = "overlapped" if sum_share else None
+    return Case(
+        format_layout(layout, model),
+        [made(name, times, reduction) for name, times in zip(names, durations, strict=True)],
+        durations,
+        [made(name, times, None) for name, times in zip(names, plain, strict=True)],
+        plain,
+        {(m.payload, m.source): m.num_bytes // 4 for m in transfers_of(model, layout, 1)},
+    )
+
+
+class Sums:
+    """Gradients summed one piece after another, beside what the rank computes."""
+
+    def __init__(self, built: BuiltSchedule, durations: Durations) -> None:
+        self._completing = last_gradients(built.schedule.style)
+        self._durations = durations
+        self._armed: dict[Instruction, Instruction] = {}
+        self._done: set[Instruction] = set()
+        self._queue: queue.Queue[float | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._sum)
+        self._thread.start()
+
+    def _sum(self) -> None:
+        while (seconds := self._queue.get()) is not None:
+            time.sleep(seconds)
+
+    def reduce(self, step: Instruction) -> None:
+        """Sum a part's gradients: now if they are there, else as they appear."""
+        completing = replace(step, kind=self._completing[step.kind])
+        if completing in self._done:
+            self._queue.put(self._durations.of(step))
+        else:
+            self._armed[completing] = step
+
+    def compute(self, step: Instruction, seconds: float) -> None:
+        """Sleep for a computation; the pieces of an armed sum begin in between."""
+        reduction = self._armed.get(step)
+        if reduction is None:
+            time.sleep(seconds)
+        else:
+            pieces = self._durations.pieces.get((reduction.kind, step.stage), 1)
+            for _ in range(pieces):
+                time.sleep(seconds / pieces)
+                self._queue.put(self._durations.of(reduction) / pieces)
+        self._done.add(step)
+
+    def finish(self) -> None:
+        """Wait for the last sum."""
+        self._queue.put(None)
+        self._thread.join()
 
 
 class SlowChannels:
@@ -120,16 +211,11 @@ class SlowChannels:
 
 
 def replay(
-    built: BuiltSchedule, sizes: Sizes, transfer: Mapping[Any, float], rank: int
+    built: BuiltSchedule, sizes: Sizes, durations: Durations, rank: int
 ) -> tuple[float, float]:
     """Run this rank's list once; (seconds until its end, seconds of compute)."""
-    channels = SlowChannels(transfer)
+    channels, sums = SlowChannels(durations.transfer), Sums(built, durations)
     pipeline = built.schedule.pipeline
-    durations = {
-        (e.instruction.kind, e.instruction.stage): e.end - e.start
-        for e in built.timeline.events
-        if e.instruction.payload is None
-    }
     payloads = ("activation", "gradient", "prediction", "prediction_gradient")
     instructions = built.schedule.ranks[rank]
 
@@ -155,10 +241,13 @@ def replay(
         elif step.kind == "send":
             to = pipeline.rank_of(step.peer)
             channels.send(step, partial(dist.isend, sends[step], to, tag=tag(step)))
-        else:
+        elif step.kind in ("reduce_encoder", "reduce_decoders"):
+            sums.reduce(step)
+        elif step.kind != "flush":
             begin = time.perf_counter()
-            time.sleep(durations[step.kind, step.stage])
+            sums.compute(step, durations.of(step))
             busy += time.perf_counter() - begin
+    sums.finish()
     end = time.perf_counter() - start
     channels.finish()
     return end, busy
@@ -167,18 +256,18 @@ def replay(
 def worker(
     rank: int,
     port: int,
-    cases: list[tuple[list[BuiltSchedule], Sizes, Mapping[Any, float]]],
+    cases: list[Case],
     results: Any,
 ) -> None:
     """One rank: every schedule REPEATS times, interleaved so that a slow moment hits all."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=len(cases[0][0][0].schedule.ranks))
+    dist.init_process_group("gloo", rank=rank, world_size=len(cases[0].built[0].schedule.ranks))
     measured: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for _ in range(REPEATS):
-        for index, (builts, sizes, transfer) in enumerate(cases):
-            for number, built in enumerate(builts):
-                end, busy = replay(built, sizes, transfer, rank)
+        for index, case in enumerate(cases):
+            for number, (built, durations) in enumerate(case.runs):
+                end, busy = replay(built, case.sizes, durations, rank)
                 longest, total = torch.tensor([end]), torch.tensor([busy])
                 dist.all_reduce(longest, dist.ReduceOp.MAX)
                 dist.all_reduce(total)
@@ -189,17 +278,22 @@ def worker(
     dist.destroy_process_group()
 
 
-def hidden(
-    built: BuiltSchedule, alone: BuiltSchedule, transfer: Mapping[Any, float], seconds: float
-) -> float:
-    """Share of the messages' time that does not lengthen the step; 1 where they take none."""
+def hidden(built: BuiltSchedule, durations: Durations, longer: float) -> tuple[float, float]:
+    """Shares of (messages, sums) that do not lengthen the step, which got `longer`; 1 for none.
+
+    Only one of them should take time. The mean of the ranks counts for messages, beyond the P - 1
+    that fill the pipe; the rank with the most for sums.
+    """
     sends = [step for rank in built.schedule.ranks for step in rank if step.kind == "send"]
-    messages, ranks = [step.message for step in sends], len(built.schedule.ranks)
-    total = sum(transfer.get(message[:2], 0.0) for message in messages)
-    if not total:
-        return 1.0
-    fill = (ranks - 1) * max(transfer.values())
-    return 1 - (seconds - alone.timeline.makespan - fill) / (total / ranks)
+    ranks, pipeline = len(built.schedule.ranks), built.schedule.pipeline
+    each = [durations.transfer.get(step.message[:2], 0.0) for step in sends]
+    fill = (ranks - 1) * max(durations.transfer.values(), default=0.0)
+    messages = 1 - (longer - fill) / (sum(each) / ranks) if sum(each) else 1.0
+    summed = max(
+        durations.compute["reduce_encoder", s] + durations.compute["reduce_decoders", s]
+        for s in range(pipeline.num_stages)
+    )
+    return messages, 1 - longer / summed if summed else 1.0
 
 
 def free_port() -> int:
@@ -210,14 +304,14 @@ def free_port() -> int:
 
 
 def run_case(
-    case: str, microbatches: list[int], seconds: float, share: float
+    case: str, microbatches: list[int], seconds: float, shares: tuple[float, float]
 ) -> list[dict[str, Any]]:
     """Replay one case for several M in one set of processes; prints and returns rows."""
-    prepared = [schedules(case, m, seconds, share) for m in microbatches]
+    prepared = [prepare(case, m, seconds, *shares) for m in microbatches]
     context = mp.get_context("spawn")
     results = context.Queue()
-    num_ranks = len(prepared[0][1][0].schedule.ranks)
-    arguments = (free_port(), [tuple(entry[1:]) for entry in prepared], results)
+    num_ranks = len(prepared[0].built[0].schedule.ranks)
+    arguments = (free_port(), prepared, results)
     processes = [context.Process(target=worker, args=(r, *arguments)) for r in range(num_ranks)]
     for process in processes:
         process.start()
@@ -226,37 +320,57 @@ def run_case(
         process.join()
 
     rows = []
-    for index, (layout, builts, _, transfer) in enumerate(prepared):
-        alone = schedules(case, microbatches[index], seconds)[1]
-        print(f"\n{CASES[case][0]} {layout}, {num_ranks} processes, M={microbatches[index]}")
-        print("schedule  simulated/s  measured/s  ratio  idle simulated  measured  faster  hidden")
+    for index, found in enumerate(prepared):
+        count = microbatches[index]
+        print(f"\n{CASES[case][0]} {found.layout}, {num_ranks} processes, M={count}")
+        print(
+            "schedule  simulated/s  measured/s  ratio  idle simulated  measured  faster"
+            "  messages hidden  simulated  sums hidden  simulated"
+        )
         medians = [
             tuple(statistics.median(column) for column in zip(*measured[index, n], strict=True))
-            for n in range(len(builts))
+            for n in range(len(found.runs))
         ]
-        for built, without, (seconds_measured, idle) in zip(builts, alone, medians, strict=True):
+        number = len(found.built)
+        for built, durations, plain, (took, idle), (alone, _) in zip(
+            found.built,
+            found.durations,
+            found.plain,
+            medians[:number],
+            medians[-number:],
+            strict=True,
+        ):
+            expected = built.timeline.makespan
+            messages, sums = hidden(built, durations, took - alone)
+            longer = expected - plain.timeline.makespan
+            messages_expected, sums_expected = hidden(built, durations, longer)
             row = {
                 "case": case,
-                "layout": layout,
+                "layout": found.layout,
                 "ranks": num_ranks,
-                "microbatches": microbatches[index],
+                "microbatches": count,
                 "schedule": built.schedule.name,
-                "simulated_seconds": built.timeline.makespan,
-                "measured_seconds": seconds_measured,
+                "simulated_seconds": expected,
+                "measured_seconds": took,
                 "simulated_idle": built.timeline.idle_fraction,
                 "measured_idle": idle,
-                "speedup_over_1f1b": medians[0][0] / seconds_measured,
-                "message_share": share,
-                "hidden": hidden(built, without, transfer, seconds_measured),
+                "speedup_over_1f1b": medians[0][0] / took,
+                "message_share": shares[0],
+                "reduction_share": shares[1],
+                "messages_hidden": messages,
+                "messages_hidden_simulated": messages_expected,
+                "sums_hidden": sums,
+                "sums_hidden_simulated": sums_expected,
             }
             rows.append(row)
             print(
-                f"{row['schedule']:8s} {row['simulated_seconds']:12.3f} {seconds_measured:11.3f} "
-                f"{seconds_measured / row['simulated_seconds']:6.3f} {row['simulated_idle']:15.1%} "
-                f"{idle:9.1%} {row['speedup_over_1f1b']:9.2f} {row['hidden']:7.1%}"
+                f"{row['schedule']:8s} {expected:12.3f} {took:11.3f} {took / expected:6.3f} "
+                f"{row['simulated_idle']:15.1%} {idle:9.1%} {row['speedup_over_1f1b']:7.2f} "
+                f"{messages:16.1%} {messages_expected:10.1%} {sums:12.1%} {sums_expected:10.1%}"
             )
-        speedups = [f"{medians[0][0] / seconds:.2f}" for seconds, _ in medians]
-        print(f"{' : '.join(b.schedule.name for b in builts)} = {' : '.join(speedups)}", flush=True)
+        speedups = [f"{medians[0][0] / seconds:.2f}" for seconds, _ in medians[:number]]
+        names = " : ".join(built.schedule.name for built in found.built)
+        print(f"{names} = {' : '.join(speedups)}", flush=True)
     return rows
 
 
@@ -269,13 +383,18 @@ def main() -> int:
     parser.add_argument(
         "--message-share", type=float, default=0.0, help="a message's time over a stage's"
     )
+    parser.add_argument(
+        "--reduction-share", type=float, default=0.0, help="a rank's sums over a stage's time"
+    )
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, gloo")
     rows = [
         row
         for c in args.cases
-        for row in run_case(c, args.microbatches, args.seconds, args.message_share)
+        for row in run_case(
+            c, args.microbatches, args.seconds, (args.message_share, args.reduction_share)
+        )
     ]
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))

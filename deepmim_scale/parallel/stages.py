@@ -63,14 +63,16 @@ def part_of_stage(stage: int, is_decoder: bool) -> str:
 
 
 def part_of_parameter(name: str) -> tuple[str, int]:
-    """The part that a parameter of `RankStages` belongs to, and its piece of that part.
+    """The part that a parameter of `RankStages` belongs to, and its place in that part.
 
-    Pieces come to their gradients one after another: the decoders, and the encoder's blocks.
+    Gradients of a part appear from the last place to the first: decoder by decoder, and of the
+    encoder's blocks first the MLP, then the attention.
     """
-    found = re.match(r"stages\.(\d+)\.(decoders\.)?\D*(\d*)", name)
+    found = re.match(r"stages\.(\d+)\.(decoders\.)?\D*(\d*)\.?(mlp|norm2)?", name)
     if found is None:
         return "", 0
-    return part_of_stage(int(found[1]), found[2] is not None), int(found[3] or 0)
+    place = 2 * int(found[3] or 0) + (found[4] is not None)
+    return part_of_stage(int(found[1]), found[2] is not None), place
 
 
 def build_rank(

@@ -16,14 +16,14 @@ from deepmim_scale.plan.messages import transfers_of
 from deepmim_scale.plan.partition import Layout, partition
 from deepmim_scale.plan.rates import Calibration, flops_by_kind
 
-MAX_PIECES = 6
+MAX_PIECES = 8
 """Of a part of a stage whose gradients are summed one after another."""
 PIECE_PARAMETERS = 4_000_000
 """A piece has at least so many (8 MB in 16 bits): each costs a few launches and messages."""
 
 
 def num_pieces(num_units: int, num_parameters: int) -> int:
-    """Pieces of a part of so many blocks or decoders."""
+    """Pieces of a part of so many half blocks or decoders."""
     return max(1, min(MAX_PIECES, num_units, num_parameters // PIECE_PARAMETERS))
 
 
@@ -87,8 +87,8 @@ def times_of(
         encoder, decoders = cost.encoder, cost.decoders
         compute["reduce_encoder", index] = reduction(StageCost(encoder, Cost(), Cost()))
         compute["reduce_decoders", index] = reduction(StageCost(Cost(), decoders, Cost()))
-        blocks = stage.last - stage.first
-        pieces["reduce_encoder", index] = num_pieces(blocks, encoder.trainable)
+        halves = 2 * (stage.last - stage.first)
+        pieces["reduce_encoder", index] = num_pieces(halves, encoder.trainable)
         pieces["reduce_decoders", index] = num_pieces(len(stage.decoders), decoders.trainable)
         seconds: Mapping[Kind, float] = (
             calibration.of_stage(model, stage.first, stage.last, microbatch, split)

@@ -37,7 +37,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             # Norms and biases are too small to be worth pieces.
             known = pieces[part] if both["weight_decay"] else [piece]
             count = num_pieces(len(known), sizes[part])
-            number = known.index(piece) * count // len(known)
+            # Where they do not divide, the piece that is summed last is the smallest.
+            after = len(known) - 1 - known.index(piece)
+            number = count - 1 - after * count // len(known)
             key = (part, both["weight_decay"], number)
             group = groups.setdefault(key, both | {"part": part, "params": []})
             group["params"].append(parameter)
