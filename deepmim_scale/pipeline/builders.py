@@ -203,11 +203,17 @@ def _bubble_candidates(problem: SchedulingProblem, split: bool) -> Iterator[Cand
         levels.append((max(stages - 1, 1),) * stages)
     if problem.memory_limit is not None and not quick:
         levels += [(most,) * stages for most in range(1, stages)]
-    if any(problem.durations.transfer.values()):
+    waits = any(problem.durations.transfer.values())
+    if waits:
         levels.append(tuple(most + stages for most in _falling(pipeline)))
+    # Weight gradients kept for the end fill the wait for the last messages.
+    keeps = split and waits and not quick
+    if keeps:
+        levels.append(tuple(most + 3 * stages for most in _falling(pipeline)))
     in_flights = dict.fromkeys([_falling(pipeline), *levels])
     # Each forward that waits for its backward keeps a decoder's activations alive.
-    open_decoders = (1, 2, stages) if pipeline.paired else (1, 3) if split else (1,)
+    open_decoders = [1, 2, stages] if pipeline.paired else [1, 3] if split else [1]
+    open_decoders += [6] if keeps else []
     patiences = (0.0,) if quick else (0.0, 1.0)
     priorities = PRIORITIES[:2] if quick else PRIORITIES
     choices = product(fused, priorities, in_flights, open_decoders, patiences)
