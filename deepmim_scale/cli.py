@@ -130,6 +130,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run_export",
         "weights for timm, Hugging Face or the official code",
     ),
+    "replay": (
+        "train.replay_command",
+        "ReplayArguments",
+        "run_replay",
+        "execute a step of a run again, to the bit",
+    ),
     "verify": ("checkpoint.commands", "VerifyArguments", "run", "check a checkpoint's digests"),
 }
 

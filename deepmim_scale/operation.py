@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from deepmim_scale.faults import parse_fault
 from deepmim_scale.settings import FrozenConfig, NonNegativeInt, PositiveInt, shown_as
 
 _DURATION = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s?)?")
@@ -32,6 +33,12 @@ def _refuse(duration: str) -> str:
     raise ValueError(f"stop_after={duration}: must be a duration, as 23h30m, 45m or 90s")
 
 
+def _parsed(faults: tuple[str, ...]) -> tuple[str, ...]:
+    for text in faults:
+        parse_fault(text)
+    return faults
+
+
 class Operation(FrozenConfig):
     """Saving, stopping and watching: free to change when a run goes on."""
 
@@ -45,6 +52,12 @@ class Operation(FrozenConfig):
     """Minutes after which a checkpoint is due, whatever the steps; 0 counts steps alone."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    digest_every: NonNegativeInt = 0
+    """Look for silent corruption in every step, among replicas too every so many; 0 never."""
+    inject: Annotated[
+        tuple[str, ...], AfterValidator(_parsed), shown_as("KIND:rank=R,step=N ...")
+    ] = ()
+    """Faults to strike, as kill:rank=2,step=7: kill, hang, slow, nan, bitflip or enospc."""
     print_every: PositiveInt = 20
     """Steps between printed lines; metrics.jsonl has every step."""
     resume: Literal["auto", "never", "required"] = "auto"

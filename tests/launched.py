@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from free_port import free_port
+from PIL import Image
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.runs.folder import METRICS, list_checkpoints, step_of
@@ -27,6 +29,16 @@ SMALL = [
     *("--microbatch-size", "2", "--global-batch", "4", "--warmup-epochs", "0", "--blr", "0.1"),
     *("--validate-every", "0", "--print-every", "1", "--seed", "3"),
 ]
+
+
+def write_noise(root: Path) -> str:
+    """32 images of noise in two classes, a few of them for validation; gives the folder back."""
+    pixels = np.random.default_rng(0)
+    for number in range(32):
+        path = root / ("train", "val")[number % 8 == 0] / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+    return str(root)
 
 
 def launcher_words(launcher: str, processes: int) -> list[str]:

@@ -9,6 +9,7 @@ without state.json was never finished: it keeps its `.part` name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -35,6 +36,10 @@ DIGEST = f"{STATE}.sha256"
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
+disk_is_full = False
+"""Whether no tensors can be written, as the fault enospc wants it."""
+
+
 def part_folder(final: Path) -> Path:
     """Where a checkpoint is written before it takes its final name."""
     return final.with_name(final.name + ".part")
@@ -58,6 +63,8 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> str:
     """One safetensors file with `metadata` in its header, on disk when this returns its digest."""
+    if disk_is_full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     _sync(path)
     return _digest(path)

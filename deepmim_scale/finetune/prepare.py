@@ -229,6 +229,7 @@ def _both(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 def write_config(config: FinetuneConfig) -> None:
     """Save the resolved settings, with absolute paths."""
     content = config.model_dump(mode="json")
+    del content["inject"]  # says nothing about the next start
     content |= {key: os.path.abspath(content[key]) for key in _PATHS if content[key]}
     path = writable("output", Path(config.output) / CONFIG)
     path.write_text(json.dumps({FINE_TUNED: content}, indent=1) + "\n")

@@ -6,6 +6,7 @@ Legend: M micro-batches per step, D replicas, K classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,7 +113,11 @@ class Finetuner:
         saver = Saver(
             config.output, self.engine, self.average, self.grid, keep=config.keep_checkpoints
         )
-        keeper = Keeper(config, config.output, self.engine, saver, self.checkpoint_state)
+        keeper = Keeper(
+            config, config.output, self.engine, saver, self.checkpoint_state, self.images_of
+        )
+        if keeper.price:
+            self.progress.print_main(keeper.price)
         images = TrainingImages(
             self.prepared.sources.train,
             self.prepared.sources.train_labels,
@@ -127,7 +132,7 @@ class Finetuner:
         try:
             waited = time.perf_counter()
             for batches in iter_steps(images, samples, share, span, config.loader_workers):
-                keeper.ask()
+                keeper.ask(self.step + 1)
                 row, applied = self.train_step(batches, time.perf_counter() - waited)
                 skipped = 0 if applied else skipped + 1
                 if skipped == MAX_SKIPPED_IN_A_ROW:
@@ -142,7 +147,7 @@ class Finetuner:
                     writer.write(row)
                 self._keep_weights(row)
                 self.progress.step(row, self.total_steps, config.print_every)
-                keeper.after_step(self.step, finished=self.finished)
+                keeper.after_step(self.step, applied=applied, finished=self.finished)
                 waited = time.perf_counter()
         finally:
             self.progress.close()
@@ -249,6 +254,10 @@ class Finetuner:
         if self.rank == 0:
             with writing(self.config.output):
                 write_weights(self.prepared, weights, summary[0], names)
+
+    def images_of(self, step: int) -> Sequence[int]:
+        """Sample ids of all images of a step, numbered from 1."""
+        return [int(i) for i in self.prepared.samples.micro_batch(step - 1, 0, 0, 1, 1)]
 
     def checkpoint_state(self) -> CheckpointState:
         """The place in the run, as a checkpoint tells it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,21 @@ class Wishes(NamedTuple):
     save: bool = False
     fail: bool = False
     """Its last save could not be written."""
+    alarm: bool = False
+    """Bits have changed that no step has changed."""
+
+
+class Guard(Protocol):
+    """Watches the bits of weights and of the optimizer's state."""
+
+    alarm: Tensor
+    """bool [1], on the device: whether this rank has found something."""
+
+    def before_update(self) -> None:
+        """Gradients are summed; nothing may have changed since the last update."""
+
+    def after_update(self) -> None:
+        """Look at what the update left."""
 
 
 @dataclass
@@ -80,6 +95,7 @@ class GradientReducer:
     """Of this rank, before the norm is taken."""
     agreed: Wishes = field(default_factory=Wishes)
     """Of all ranks, afterwards."""
+    guard: Guard | None = None
     _running: dict[int, list[_Reduction]] = field(default_factory=dict)
     _shards: dict[int, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)

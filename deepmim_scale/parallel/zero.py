@@ -254,6 +254,8 @@ def reduced_step(
     shards = gradients.finish()
     engine.optimizer.averaged_gradients = {i: [shard] for i, shard in enumerate(shards)}
     gradients.norm = math.nan
+    if gradients.guard is not None:
+        gradients.guard.before_update()
 
 
 def gradient_norms(
@@ -270,6 +272,8 @@ def gradient_norms(
     for place, wish in enumerate(gradients.wishes):
         if wish:
             squares[count + place] = 1.0
+    if gradients.guard is not None:  # its verdict stays on the device
+        squares[-1:] = gradients.guard.alarm
     pieces, places = [], []
     for number, group in enumerate(gradients.groups):
         (shard,) = engine.optimizer.averaged_gradients[number]
@@ -304,6 +308,8 @@ def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
     skipped = engine.skipped_steps
     engine.step()
     applied = engine.skipped_steps == skipped
+    if engine.gradients.guard is not None:
+        engine.gradients.guard.after_update()
     return norm if applied else math.inf, applied
 
 
@@ -337,6 +343,11 @@ def _link_optimizer_state(engine: Engine) -> None:
     # DeepSpeed links after the step of the first group, when the second one has no state yet.
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def flat_weights(engine: Engine) -> list[Tensor]:
+    """The weights that this rank computes with, [N] for each parameter group."""
+    return list(engine.optimizer.bit16_groups_flat)
 
 
 def shards(engine: Engine) -> Iterator[tuple[Tensor, ...]]:

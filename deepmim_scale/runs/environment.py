@@ -37,9 +37,9 @@ def describe_environment() -> dict[str, str]:
     }
 
 
-def record_start(run: str | Path, *, step: int, num_processes: int) -> None:
-    """Append what this start, after `step` steps, runs on."""
-    row = {"step": step, "num_processes": num_processes, **describe_environment()}
+def record_start(run: str | Path, *, step: int, num_processes: int, **layout: int) -> None:
+    """Append what this start, after `step` steps, runs on, and how it shares a step."""
+    row = {"step": step, "num_processes": num_processes, **layout, **describe_environment()}
     with (Path(run) / STARTS).open("a") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
 TRACES = "trace_step_*.json"
 LOCK = "lock.json"
+ALARMS = "alarms.jsonl"
 CHECKPOINTS = "checkpoints"
 # The one key of a fine-tuned run's config.json.
 FINE_TUNED = "finetune"
@@ -74,8 +75,8 @@ def write_config(config: RunConfig) -> None:
     """Save the resolved configuration; `--config FILE` takes it back, from any folder."""
     path = writable("output", Path(config.output) / CONFIG)
     content = with_paths(config.model_dump(mode="json"), os.path.abspath)
-    # Where one start went on says nothing about the next.
-    del content["from_step"]
+    # Where one start went on, and what went wrong in it, says nothing about the next.
+    del content["from_step"], content["inject"]
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -117,6 +118,14 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl in order; a last line that a killed run left unfinished is dropped."""
     *lines, _ = (Path(run) / METRICS).read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def read_starts(run: str | Path) -> list[dict[str, Any]]:
+    """Rows of starts.jsonl in order; UserError where there is none."""
+    path = Path(run) / STARTS
+    if not path.is_file():
+        raise UserError(f"{run}: has not begun ({STARTS} is missing); check the path")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,7 +101,13 @@ class Trainer:
                 write_config(config)
                 # Before the writer drops the rows that are repeated.
                 note = set_aside(config.output, self.step)
-                record_start(config.output, step=self.step, num_processes=dist.get_world_size())
+                record_start(
+                    config.output,
+                    step=self.step,
+                    num_processes=dist.get_world_size(),
+                    stages=config.stages,
+                    microbatch_size=config.microbatch_size,
+                )
                 writer = MetricsWriter(config.output, self.step)
             if note:
                 progress.print_main(note)
@@ -114,14 +120,18 @@ class Trainer:
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
         )
-        keeper = Keeper(config, config.output, self.engine, saver, self.checkpoint_state)
+        keeper = Keeper(
+            config, config.output, self.engine, saver, self.checkpoint_state, self.images_of
+        )
+        if keeper.price:
+            self.progress.print_main(keeper.price)
         loader = self.build_loader()
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
             with self._profiler() as profiler:
                 for batches in loader:
-                    keeper.ask()
+                    keeper.ask(self.step + 1)
                     row, applied = self.train_step(batches, loader.wait_seconds)
                     reading = self.source.report(self.step, loader.wait_seconds)
                     row = row and row | reading | keeper.figures()
@@ -138,7 +148,7 @@ class Trainer:
                     if writer is not None and row is not None:
                         writer.write(row)
                     progress.step(row, self.total_steps, config.print_every)
-                    keeper.after_step(self.step, finished=self.finished)
+                    keeper.after_step(self.step, applied=applied, finished=self.finished)
                     if profiler is not None:
                         profiler.step()
         finally:
@@ -319,6 +329,10 @@ class Trainer:
             f"schedule rebuilt from measured times: simulated {built.timeline.makespan * 1e3:.1f} "
             f"ms per step, idle share {built.timeline.idle_fraction:.1%}"
         )
+
+    def images_of(self, step: int) -> Sequence[int]:
+        """Sample ids of all images of a step, numbered from 1."""
+        return [int(i) for i in self.samples.micro_batch(step - 1, 0, 0, 1, 1)]
 
     def checkpoint_state(self) -> CheckpointState:
         """The place in the run, as a checkpoint tells it."""

@@ -12,10 +12,8 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from launched import SMALL, Launch, digest, last_saved, members
-from PIL import Image
+from launched import SMALL, Launch, digest, last_saved, members, write_noise
 
 from deepmim_scale.errors import STOPPED
 from deepmim_scale.operation import Operation, seconds_of
@@ -34,13 +32,7 @@ LAUNCHER_CODES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """32 images of noise in two classes."""
-    root, pixels = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for number in range(32):
-        path = root / ("train", "val")[number % 8 == 0] / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-    return str(root)
+    return write_noise(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

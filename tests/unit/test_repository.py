@@ -21,6 +21,7 @@ PACKAGE = ROOT / "deepmim_scale"
 ORDER = [
     ["errors", "precision", "ranks"],
     ["settings", "json_file", "image_format"],
+    ["faults"],
     ["operation"],
     ["methods"],
     ["batch", "images"],
@@ -60,6 +61,7 @@ WITHOUT_TORCH = [
     "runs.resume",
     "runs.state",
     "train.pretrain",
+    "train.replay_command",
     "finetune.command",
     "doctor.command",
     "evaluate.finetune_digits",
