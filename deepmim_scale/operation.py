@@ -60,6 +60,8 @@ class Operation(FrozenConfig):
     """Faults to strike, as kill:rank=2,step=7: kill, hang, slow, nan, bitflip or enospc."""
     print_every: PositiveInt = 20
     """Steps between printed lines; metrics.jsonl has every step."""
+    log_to: Annotated[tuple[str, ...], shown_as("tensorboard|wandb|mlflow ...")] = ("tensorboard",)
+    """Where the rows of metrics.jsonl go, too; without a name they stay there alone."""
     resume: Literal["auto", "never", "required"] = "auto"
     """auto: go on where this run stopped; never: only in an empty folder; required: fail unless
     there is a run to resume."""

@@ -33,6 +33,7 @@ from deepmim_scale.plan.cost import block_cost
 from deepmim_scale.runs.folder import CONFIG, FINE_TUNED, fine_tuned
 from deepmim_scale.runs.lock import check_free
 from deepmim_scale.runs.resume import check_folder
+from deepmim_scale.train.loggers import check_loggers
 from deepmim_scale.train.prepare import batch_line, check_length, check_machine, default_ds_config
 
 # Changing these does not change what is learned.
@@ -110,6 +111,7 @@ def prepare(config: FinetuneConfig) -> PreparedFinetune:
     config = config.replace(**{k: v for k, v in asdict(sizes).items() if k != "in_chans"})
     may_resume = False
     if not config.evaluates_only:
+        check_loggers(config.log_to)
         check_free(config.output)
         may_resume = check_folder(config.output, config.resume, "", lambda: _both(config))
     step_size = 1 if config.evaluates_only else batch.global_batch

@@ -106,7 +106,7 @@ class Finetuner:
                 write_config(config)
                 note = set_aside(config.output, self.step)
                 record_start(config.output, step=self.step, num_processes=self.world)
-                writer = MetricsWriter(config.output, self.step)
+                writer = MetricsWriter(config, config.output, self.step)
             if note:
                 self.progress.print_main(note)
         check_shared(config.output)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from deepmim_scale.config import ModelConfig
+from deepmim_scale.operation import Operation
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.plan.hardware import Gpu, gpu_named, mfu
 from deepmim_scale.runs.folder import METRICS, read_metrics, writing
+from deepmim_scale.train.loggers import Loggers
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -73,11 +75,9 @@ def _print_unless_told_here(error: threading.ExceptHookArgs) -> None:
 
 
 class MetricsWriter:
-    """metrics.jsonl (a row per step) and TensorBoard events; rows after `step` are dropped."""
+    """metrics.jsonl, a row per step, and loggers beside it; rows after `step` are dropped."""
 
-    def __init__(self, run: str, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports: rank 0 only
-
+    def __init__(self, config: Operation, run: str, step: int) -> None:
         self._run, self._path = run, Path(run) / METRICS
         path = self._path
         kept = [row for row in read_metrics(run) if row["step"] <= step] if path.exists() else []
@@ -86,10 +86,10 @@ class MetricsWriter:
         part.rename(path)
         self._lines = path.open("a")
         threading.excepthook = _print_unless_told_here
-        self._board = SummaryWriter(Path(run) / "tensorboard", purge_step=step + 1)
+        self._loggers = Loggers(config.log_to, run, step, config.model_dump(mode="json"))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers inside dicts get TensorBoard names such as losses/block06.
+        """Append one row; numbers inside dicts get names such as losses/block06 at loggers.
 
         RunFailure if the disk is full or the folder is gone.
         """
@@ -98,18 +98,10 @@ class MetricsWriter:
             self._path.stat()
             self._lines.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
             self._lines.flush()
-            self._write_events(row)
-
-    def _write_events(self, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self._board.add_scalar(f"{key}/{name}", number, row["step"])
-            elif isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(f"train/{key}", value, row["step"])
+            self._loggers.write(row)
 
     def close(self) -> None:
-        """Flush both files."""
+        """Flush all."""
         with writing(self._run):
             self._lines.close()
-            self._board.close()
+            self._loggers.close()

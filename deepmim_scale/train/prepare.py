@@ -30,6 +30,7 @@ from deepmim_scale.plan.resolve import TrainingPlan, training_plan
 from deepmim_scale.runs.lock import check_free
 from deepmim_scale.runs.resume import check_output
 from deepmim_scale.settings import RunLength, pluralize
+from deepmim_scale.train.loggers import check_loggers
 
 if TYPE_CHECKING:
     from deepmim_scale.checkpoint.initial import Initial
@@ -87,6 +88,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     pipeline = training_plan(config, batch.microbatches)
     config = config.replace(global_batch=batch.global_batch, microbatches=None)
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
+    check_loggers(config.log_to)
     check_free(config.output)
     may_resume = check_output(config)
     train = open_source(config.data, "train", config.on_bad, config.cache)

@@ -108,7 +108,7 @@ class Trainer:
                     stages=config.stages,
                     microbatch_size=config.microbatch_size,
                 )
-                writer = MetricsWriter(config.output, self.step)
+                writer = MetricsWriter(config, config.output, self.step)
             if note:
                 progress.print_main(note)
         check_shared(config.output)
