@@ -103,7 +103,7 @@ def _alone(
         machine.check_jpeg(device, args.preset, num_local),
         machine.check_shared_memory(),
         machine.check_name(num_hosts),
-        machine.check_launcher(),
+        machine.check_launcher(num_hosts),
     ]
     return merge(gathered((socket.gethostname(), mine)))
 

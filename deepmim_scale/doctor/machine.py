@@ -16,6 +16,7 @@ from deepmim_scale.doctor.findings import Finding, bad, not_here, ok
 from deepmim_scale.plan.cost import model_cost
 from deepmim_scale.plan.hardware import gpu_named
 from deepmim_scale.presets import load_preset
+from deepmim_scale.runs.processes import find_launchers
 
 SHARED_MEMORY_GIB = 1.0
 JPEG_SECONDS = 1.0
@@ -88,17 +89,31 @@ def check_name(num_hosts: int) -> Finding:
     )
 
 
-def check_launcher() -> Finding:
-    """Settings without which a launcher's restarts never connect."""
+def check_launcher(num_hosts: int) -> Finding:
+    """Settings without which a launcher never returns, or its restarts never connect."""
     check = "launcher"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ok(check, os.environ.get("MASTER_ADDR", "one process"))
+        return _check_pdsh(check) if num_hosts > 1 else ok(check, "one host")
     if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
         return ok(check, "torchrun")
     return bad(
         check,
         "torchrun's restarts would never connect",
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or source launcher/environment.sh",
+    )
+
+
+def _check_pdsh(check: str) -> Finding:
+    """Whether launcher/environment.sh was read on the first host; pdsh tells nothing else."""
+    found = [process.words for process in find_launchers()]
+    if not any("deepspeed.launcher.launch" in words for words in found):
+        return ok(check, "Slurm or MPI")
+    if "DEEPMIM_ENVIRONMENT" in os.environ:
+        return ok(check, "deepspeed through pdsh")
+    return bad(
+        check,
+        "deepspeed may wait for a lost host for ever",
+        "source launcher/environment.sh, which keeps ssh alive",
     )
 
 

@@ -188,26 +188,35 @@ def test_hosts_with_other_data(cluster: Cluster, one: Path) -> None:
     assert "error: data=samples: node2: other images than node1 has" in done.said, done.said
 
 
-def test_a_name_that_means_oneself(cluster: Cluster, one: Path) -> None:
-    """Debian's 127.0.1.1: both ranks leave in time; the launcher's setting helps."""
-    node1, node2 = cluster.hosts
-    names = cluster.folder / "debian"
-    names.write_text("127.0.1.1 node2\n" + (cluster.folder / "hosts").read_text())
-    assert node2.shell(f"mount --bind {names} /etc/hosts").code == 0
+@contextlib.contextmanager
+def named_by_debian(cluster: Cluster) -> Iterator[Path]:
+    """Each host's own name means 127.0.1.1 there; gives the launcher's file of settings."""
+    known = (cluster.folder / "hosts").read_text()
     settings = cluster.clone / "launcher" / "deepspeed_env"
     before = settings.read_text()
+    for host in cluster.hosts:
+        names = cluster.folder / f"{host.name}.names"
+        names.write_text(known.replace(f"10.77.0.{host.number} ", "127.0.1.1 "))
+        assert host.shell(f"mount --bind {names} /etc/hosts").code == 0
     try:
-        done = node1.run(*pdsh(cluster, "debian", "--stages", "2"), seconds=6 * TIMEOUT)
+        yield settings
+    finally:
+        settings.write_text(before)
+        for host in cluster.hosts:
+            assert host.shell("umount /etc/hosts").code == 0
+
+
+def test_a_name_that_means_oneself(cluster: Cluster, one: Path) -> None:
+    """Both ranks leave in time and say so; the launcher's setting helps."""
+    node1, node2 = cluster.hosts
+    with named_by_debian(cluster) as settings:
+        done = node1.run(*pdsh(cluster, "debian", "--stages", "2"), seconds=12 * TIMEOUT)
         assert done.code not in (0, None)
         assert re.search("error: rank [01] on node[12], starting", done.said), done.said
         wait_for(lambda: not node1.ranks() and not node2.ranks(), 2 * TIMEOUT)
-        settings.write_text(before + "GLOO_SOCKET_IFNAME=eth0\n")
-        short = ("--stages", "2", "--steps", "2")
-        done = node1.run(*pdsh(cluster, "debian2", *short))
+        settings.write_text(settings.read_text() + "GLOO_SOCKET_IFNAME=eth0\n")
+        done = node1.run(*pdsh(cluster, "debian2", "--stages", "2", "--steps", "2"))
         assert done.code == 0, done.said
-    finally:
-        settings.write_text(before)
-        assert node2.shell("umount /etc/hosts").code == 0
 
 
 def test_a_study_behind_pdsh(cluster: Cluster, one: Path) -> None:
@@ -239,3 +248,23 @@ def test_the_commands_of_the_documentation(cluster: Cluster, one: Path) -> None:
     assert [command.wait(180) for command in both] == [0, 0], both[0].said + both[1].said
     for name in ("two_hosts", "torchrun_docs"):
         assert rows(cluster.clone / "runs" / name) == 20
+
+
+def test_what_the_doctor_finds(cluster: Cluster, one: Path) -> None:
+    """A folder of one host alone, and settings that nobody read; a card makes up for the name."""
+    node1, node2 = cluster.hosts
+    private = cluster.clone / "private"
+    private.mkdir()
+    assert node2.shell(f"mount -t tmpfs none {private}").code == 0
+    with named_by_debian(cluster) as settings:
+        # The ranks find each other by the card, not by their names.
+        settings.write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")
+        start = ["deepspeed", "--hostfile", cluster.hostfile(1), "launcher/doctor.py"]
+        done = node1.run(*start, "--output", "private", "--json", "runs/doctor.json")
+    assert node2.shell(f"umount {private}").code == 0
+    assert done.code not in (0, None), done.said
+    content = json.loads((cluster.clone / "runs" / "doctor.json").read_text())
+    bad = {row["check"]: row for row in content["findings"] if row["state"] == "bad"}
+    assert set(bad) == {"launcher", "output folder"}, done.said
+    assert "not seen from node2" in bad["output folder"]["found"]
+    assert all(row["remedy"] for row in bad.values())

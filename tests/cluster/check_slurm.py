@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.checks import TRAIN, blocks, check_equal, rows
+from cluster.checks import SCRIPT, TRAIN, blocks, check_equal, rows
 from cluster.hosts import Cluster, wait_for
 from cluster.slurm import Slurm, output_of
 
@@ -78,12 +78,18 @@ def test_a_job(slurm: Slurm, one: Path) -> None:
 
 
 def test_requeue_at_the_time_limit(slurm: Slurm, one: Path) -> None:
-    """--signal reaches the script, the script requeues, the ranks save."""
+    """Slurm's --signal reaches the script, the script requeues, the ranks save."""
     run = slurm.cluster.clone / "runs" / "time_limit"
-    job = submit(slurm, "time_limit", options=("--time=24:00:00",))
-    wait_for_rows(slurm, job, run, 15)
-    # Slurm counts in minutes; what it sends before the end is sent by hand here.
-    slurm.do("scancel", "--batch", "--signal=USR1", job)
+    job = submit(slurm, "time_limit")
+    wait_for_rows(slurm, job, run, 10)
+    # Slurm looks at limits twice a minute: a step must last that the run does.
+    slurm.cluster.hosts[1].shape("400kbit")
+    try:
+        slurm.do("scontrol", "update", f"jobid={job}", "timelimit=9")  # --signal is 10 minutes
+        slurm.wait_state(job, "PENDING", 120)
+        slurm.do("scontrol", "update", f"jobid={job}", "timelimit=60")
+    finally:
+        slurm.cluster.hosts[1].shape("")
     check_goes_on(slurm, job, run, one)
     assert "time is nearly up: requeued" in output_of(slurm.cluster, job)
 
@@ -144,6 +150,20 @@ def test_a_node_that_goes_offline(slurm: Slurm, one: Path) -> None:
     check_equal(run, one)
 
 
+def test_fine_tuning(slurm: Slurm, one: Path) -> None:
+    """launcher/finetune.slurm: a replica on each GPU of a node."""
+    sizes = {"--img-size": 32, "--patch-size": 8, "--embed-dim": 32, "--depth": 2, "--num-heads": 2}
+    words = [str(word) for pair in sizes.items() for word in pair]
+    words += ["--steps", "2", "--warmup-epochs", "0", "--microbatch-size", "2"]
+    words += ["--microbatches", "1", "--data", "samples", "--output", "runs/finetune"]
+    script = ["--gpus-per-node=2", "--cpus-per-task=2", "launcher/finetune.slurm"]
+    job = slurm.do("sbatch", "--parsable", *script, *words)
+    slurm.wait_state(job, "COMPLETED")
+    said = output_of(slurm.cluster, job)
+    assert re.search(r"node\d: GPU 0-1 -> stage 0, replica 0-1 \(rank 0-1\)", said), said
+    assert (slurm.cluster.clone / "runs" / "finetune" / "result.json").is_file(), said
+
+
 def test_srun_without_a_launcher(slurm: Slurm, one: Path) -> None:
     """Its processes are one run, not two in one folder."""
     (block,) = blocks("slurm srun")
@@ -151,6 +171,12 @@ def test_srun_without_a_launcher(slurm: Slurm, one: Path) -> None:
     assert done.code == 0, done.said
     found = read_metrics(slurm.cluster.clone / "runs" / "srun_docs")
     assert len(found) == 20, "two runs would have mixed their rows"
+    words = [*TRAIN, "--steps", "5", "--stages", "2", "--output", "runs/deepspeed_slurm"]
+    hosts = slurm.cluster.hostfile(1)
+    launcher = ["deepspeed", "--launcher", "slurm", "--hostfile", hosts, SCRIPT, *words]
+    done = slurm.cluster.hosts[0].run(*launcher)
+    assert done.code == 0, done.said
+    assert rows(slurm.cluster.clone / "runs" / "deepspeed_slurm") == 5
 
 
 def test_a_study_as_an_array(slurm: Slurm, one: Path) -> None:

@@ -185,7 +185,7 @@ class Host:
         sh(*enter, "delete", "table", "inet", "lossy", check=False)
         if permille:
             rule = f'iifname "eth0" numgen random mod 1000 < {permille} drop'
-            chain = f"chain i {{ type filter hook prerouting priority -300; {rule} }}"
+            chain = f"chain i {{ type filter hook prerouting priority -300; {rule}; }};"
             sh(*enter, f"table inet lossy {{ {chain} }}")
 
     def shape(self, rate: str) -> None:
