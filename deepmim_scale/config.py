@@ -115,8 +115,8 @@ class RunConfig(Operation):
     """Who decodes the images."""
     decode: Literal["auto", "exact", "cpu", "fast", "mixed"] = "auto"
     """How JPEG is decoded: exact or cpu with all pixels, fast at a fraction, mixed on the GPU."""
-    loader_threads: Annotated[int, Field(gt=0, le=1024)] = 2
-    """Decoding threads per process."""
+    loader_threads: Annotated[Annotated[int, Field(gt=0, le=1024)] | None, shown_as("INT")] = None
+    """Decoding threads per process; if not given, the host's cores over its processes."""
     prefetch: Annotated[int, Field(gt=0, le=1024)] = 2
     """Micro-batches being decoded at once."""
     feed: Literal["rotate", "first", "replicate"] = "rotate"

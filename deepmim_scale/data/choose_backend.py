@@ -12,7 +12,9 @@ from deepmim_scale.config import RunConfig
 from deepmim_scale.data import jpeg_region, torch_backend
 from deepmim_scale.data.backend import Backend
 from deepmim_scale.data.source import Source
+from deepmim_scale.data.threads import num_decoding_threads
 from deepmim_scale.errors import UserError
+from deepmim_scale.settings import pluralize
 
 Loader = Literal["auto", "torch", "dali"]
 Decode = Literal["auto", "exact", "cpu", "fast", "mixed"]
@@ -76,7 +78,7 @@ def build_backend(
 
     `prefetch` micro-batches are in work at once.
     """
-    image, threads = config.model.image_format, config.loader_threads
+    image, threads = config.model.image_format, num_decoding_threads(config)
     if image.is_rgb:
         chosen, where, line = choose_loader(loader, decode, device)
     else:  # which threads alone decode
@@ -88,8 +90,9 @@ def build_backend(
             image=image,
             threads=threads,
             prefetch=prefetch,
+            pinned=device.type == "cuda",
         )
-        return stream, line
+        return stream, f"{line}, {pluralize(threads, 'thread')}"
     from deepmim_scale.data import dali
 
     stream = functools.partial(

@@ -33,6 +33,7 @@ from deepmim_scale.data.stage_exchange import (
     checksum,
     own_microbatches,
 )
+from deepmim_scale.data.threads import num_decoding_threads
 
 CPU = torch.device("cpu")
 
@@ -177,7 +178,7 @@ def build_step_loader(
         torch_backend.stream,
         read_image=torch_backend.image_reader(source, image),
         image=image,
-        threads=config.loader_threads,
+        threads=num_decoding_threads(config),
     )
     num_jobs = span.num_steps * len(own)
     decoding = DecodeStream(job, num_jobs, backend, source, plan, config.min_crop, options.on_bad)
@@ -189,7 +190,11 @@ def build_step_loader(
 
     def decode_own() -> list[Decoded]:
         decoded = (decoding() for _ in own)
-        return [(torch.tensor(ids, device=device), images.to(device)) for ids, images in decoded]
+        # From pinned memory a copy does not wait; the loader's stream is waited for at the end.
+        return [
+            (torch.tensor(ids, device=device), images.to(device, non_blocking=True))
+            for ids, images in decoded
+        ]
 
     def load(step: int) -> list[Batch]:
         epoch, _ = plan.locate(step)
@@ -224,7 +229,7 @@ def iter_validation(
     is left out and named on stderr.
     """
     image = config.model.image_format
-    read_image = torch_backend.image_reader(source, image)
+    read_image, threads = torch_backend.image_reader(source, image), num_decoding_threads(config)
     mine = (good_ids(source) if ids is None else ids)[dp_rank::num_replicas]
     for start in range(0, len(mine), config.microbatch_size):
         chosen = mine[start : start + config.microbatch_size]
@@ -232,7 +237,7 @@ def iter_validation(
             chosen = np.array([i for i in chosen.tolist() if _decodes(i, read_image)], np.int64)
             if not len(chosen):
                 continue
-        images = torch_backend.decode_whole(chosen, read_image, image, config.loader_threads)
+        images = torch_backend.decode_whole(chosen, read_image, image, threads)
         noise = mask_noise(0, 0, chosen, config.model.num_patches, VALIDATION_MASK)
         labels = source.labels[chosen].astype(np.int64)
         arrays = (torch.from_numpy(array) for array in (noise, chosen, labels))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from deepmim_scale.data.backend import BadImage, DecodeRequest, WrongPixels
+from deepmim_scale.data.backend import BadImage, DecodeRequest, WrongPixels, pixel_dtype
 from deepmim_scale.data.jpeg_region import decode_region
 from deepmim_scale.data.native_pixels import decode_native, is_npy, is_tiff
 from deepmim_scale.data.source import Source
@@ -209,11 +209,15 @@ def stream(
     image: ImageFormat,
     threads: int,
     prefetch: int = 2,
+    pinned: bool = False,
 ) -> Iterator[tuple[DecodeRequest, torch.Tensor]]:
-    """The backend: up to `prefetch` micro-batches are decoded at once, in order."""
+    """The backend: up to `prefetch` micro-batches are decoded at once, in order.
+
+    `pinned` memory is what a GPU copies from without the CPU.
+    """
     pending: deque[tuple[DecodeRequest, Callable[[], torch.Tensor]]] = deque()
     for request in requests:
-        pending.append((request, start(request, read_image, image, threads)))
+        pending.append((request, start(request, read_image, image, threads, pinned)))
         if len(pending) == prefetch:
             first, wait = pending.popleft()
             yield first, wait()
@@ -222,7 +226,11 @@ def stream(
 
 
 def start(
-    request: DecodeRequest, read_image: ReadImage, image: ImageFormat, threads: int
+    request: DecodeRequest,
+    read_image: ReadImage,
+    image: ImageFormat,
+    threads: int,
+    pinned: bool = False,
 ) -> Callable[[], torch.Tensor]:
     """Start decoding one micro-batch; the function returned waits for it, [B, C, H, W].
 
@@ -233,7 +241,7 @@ def start(
         out = resize(read_image(int(request.ids[i]), request.boxes[i]), *image.size)
         return out[:, ::-1] if request.flips[i] else out
 
-    return _start(make, len(request.ids), image, threads)
+    return _start(make, len(request.ids), image, threads, pinned)
 
 
 def decode_whole(
@@ -244,10 +252,15 @@ def decode_whole(
 
 
 def _start(
-    make: Callable[[int], np.ndarray], count: int, image: ImageFormat, threads: int
+    make: Callable[[int], np.ndarray],
+    count: int,
+    image: ImageFormat,
+    threads: int,
+    pinned: bool = False,
 ) -> Callable[[], torch.Tensor]:
-    dtype = np.uint16 if image.bits == 16 else np.uint8
-    images = np.empty((count, image.channels, *image.size), dtype)
+    shape = (count, image.channels, *image.size)
+    batch = torch.empty(shape, dtype=pixel_dtype(image), pin_memory=pinned)
+    images = batch.numpy()
 
     def fill(places: np.ndarray) -> None:
         for i in places:
@@ -260,7 +273,7 @@ def _start(
     def wait() -> torch.Tensor:
         for task in tasks:
             task.result()
-        return torch.from_numpy(images)
+        return batch
 
     return wait
 

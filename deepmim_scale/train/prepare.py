@@ -16,6 +16,7 @@ from deepmim_scale.data.pixel_statistics import check_pixels, with_statistics
 from deepmim_scale.data.sample_plan import SamplePlan
 from deepmim_scale.data.source import Source, good_ids
 from deepmim_scale.data.staging import stage_source
+from deepmim_scale.data.threads import num_decoding_threads
 from deepmim_scale.ds_config import (
     BatchSizes,
     bundled,
@@ -113,7 +114,7 @@ def prepare(config: RunConfig) -> PreparedRun:
 
         initial = initial_weights(config)
     if config.stage_to:  # last: it may take long
-        threads = config.loader_threads
+        threads = num_decoding_threads(config)
         train = stage_source(train, "train", config.stage_to, threads)
         validation = validation and stage_source(validation, "val", config.stage_to, threads)
     return PreparedRun(

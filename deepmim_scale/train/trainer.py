@@ -29,6 +29,7 @@ from deepmim_scale.data.step_loader import (
     build_step_loader,
     iter_validation,
 )
+from deepmim_scale.data.threads import WaitWatch, num_decoding_threads
 from deepmim_scale.data.watched_source import WatchedSource
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure, UserError
@@ -125,7 +126,7 @@ class Trainer:
         )
         if keeper.price:
             self.progress.print_main(keeper.price)
-        loader = self.build_loader()
+        loader, waits = self.build_loader(), WaitWatch(num_decoding_threads(config))
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
@@ -134,6 +135,8 @@ class Trainer:
                     keeper.ask(self.step + 1)
                     row, applied = self.train_step(batches, loader.wait_seconds)
                     reading = self.source.report(self.step, loader.wait_seconds)
+                    if warning := waits.after_step(loader.wait_seconds):
+                        progress.print_main(warning)
                     row = row and row | reading | keeper.figures()
                     skipped = 0 if applied else skipped + 1
                     if skipped == MAX_SKIPPED_IN_A_ROW:
