@@ -19,14 +19,25 @@ MAX_LABEL = 1 << 20
 
 
 def build_index(
-    data: str, files: tuple[ContainerFile, ...], members: Sequence[Member], notes: Sequence[str]
+    data: str,
+    files: tuple[ContainerFile, ...],
+    members: Sequence[Member],
+    notes: Sequence[str],
+    class_names: Sequence[str] = (),
 ) -> Index:
     """The index of one split's images; `data` names it in messages.
+
+    `class_names` say what labels that are numbers mean; a note where they cannot.
 
     A label is what the container says, else the first folder of the name. Raises UserError if only
     some have one.
     """
     classes, labels = _number_labels(data, members)
+    notes = list(notes)
+    if class_names and _are_numbers(classes):
+        problem = _problem_of(class_names, len(classes))
+        classes = classes if problem else tuple(class_names)
+        notes += [f"class names are not used: {problem}"] if problem else []
     names = [member.name for member in members]
     order = sorted(range(len(members)), key=lambda i: (labels[i], names[i]))
     # As in a tar that was added to, the last member of a name is the one that counts.
@@ -36,7 +47,6 @@ def build_index(
         for i, j in zip(order, following, strict=True)
         if j is None or (labels[i], names[i]) != (labels[j], names[j])
     ]
-    notes = list(notes)
     if len(kept) < len(order):
         notes.append(f"{len(order) - len(kept)} images replaced by later ones of the same name")
     ordered = [members[i] for i in kept]
@@ -54,8 +64,9 @@ def index_of(
     entries = np.empty(len(members), ENTRY)
     entries["file"] = [member.file for member in members]
     entries["label"] = labels
-    for field in Found._fields[2:]:
-        entries[field] = [getattr(member.found, field) for member in members]
+    columns = zip(*(member.found for member in members), strict=True)
+    for field, values in list(zip(Found._fields, columns, strict=True))[2:]:
+        entries[field] = values
     names = [member.name for member in members]
     sha = _sha(classes, entries["label"], names, entries["size"])
     return Index(files, classes, tuple(notes), sha, entries, Names.pack(names))
@@ -86,6 +97,21 @@ def _number_labels(data: str, members: Sequence[Member]) -> tuple[tuple[str, ...
     classes = tuple(sorted(set(words)))
     number = {name: i for i, name in enumerate(classes)}
     return classes, [number[word] for word in words]
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    """Whether labels were numbers, which stand for themselves."""
+    return all(name == str(number) for number, name in enumerate(classes))
+
+
+def _problem_of(names: Sequence[str], num_labels: int) -> str:
+    """Why names cannot stand for labels; "" if they can."""
+    if len(names) < num_labels:
+        return f"there are {len(names)} for labels up to {num_labels - 1}"
+    if len(set(names)) < len(names):
+        return "some are equal"
+    odd = next((n for n in names if not n or "/" in n or n[0] == "." or not n.isprintable()), None)
+    return "" if odd is None else f"{odd!r} cannot be a folder's name"
 
 
 def _number_integers(data: str, labels: list[int]) -> tuple[tuple[str, ...], list[int]]:

@@ -5,9 +5,12 @@ Whatever container holds the images, they get the ids, labels and SHA that a fol
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +22,7 @@ from deepmim_scale.data.container_members import DamagedError, Found, Member, is
 from deepmim_scale.data.imagenet import DEVKIT, read_labels
 from deepmim_scale.data.index import ContainerFile, Index
 from deepmim_scale.data.manifest import describe_others
-from deepmim_scale.data.parquet_members import list_parquet
+from deepmim_scale.data.parquet_members import class_names, list_parquet
 from deepmim_scale.data.ranges import OpenFile
 from deepmim_scale.data.source import Split, printable
 from deepmim_scale.data.tar_members import list_tar
@@ -36,6 +39,7 @@ SPLIT_WORDS: dict[str, Split] = {
 }
 UNUSED_WORD = "test"
 CLASS_FILE = re.compile(r"n\d{8}$")  # ILSVRC's tars of one class are named by it
+CLASS_FILES = ("classnames.txt", "classes.txt")  # as CLIP benchmarks and others have them
 
 
 class Shard(NamedTuple):
@@ -72,6 +76,19 @@ def find_shards(path: str) -> list[Shard]:
     ]
 
 
+@contextlib.contextmanager
+def _many_objects() -> Iterator[None]:
+    """Without looks for cycles among millions of tuples, which have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_many_objects()
 def scan_containers(path: str, shards: list[Shard], labels: str = "") -> dict[Split, Index]:
     """An index for each split of the containers of `path`.
 
@@ -115,11 +132,25 @@ def scan_containers(path: str, shards: list[Shard], labels: str = "") -> dict[Sp
         for shard in shards
     )
     known = _read_labels(labels, base)
+    names = _class_names(base, shards)
     return {
-        split: build_index(f"{path} ({split})", files, _name_classes(path, images, known), notes)
+        split: build_index(
+            f"{path} ({split})", files, _name_classes(path, images, known), notes, names
+        )
         for split, images in splits.items()
         if images
     }
+
+
+def _class_names(base: Path, shards: list[Shard]) -> tuple[str, ...]:
+    """What labels that are numbers mean: lines of a file beside the containers, or parquet's."""
+    for name in CLASS_FILES:
+        file = base / name
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            return tuple(line.strip() for line in lines if line.strip())
+    parquet = (s.path for s in shards if s.path.suffix.lower() == ".parquet")
+    return next((names for path in parquet if (names := class_names(path))), ())
 
 
 def _list_shard(path: Path, others: Counter[str]) -> list[Found]:
@@ -164,7 +195,7 @@ def _split_members(
             )
         for member in unclear:
             top, _, rest = member.name.partition("/")
-            splits[SPLIT_WORDS[top]].append(member._replace(name=rest))
+            splits[SPLIT_WORDS[top]].append(Member(rest, member.file, member.found))
     else:
         splits["train"] = unclear
     for split, images in members.items():
@@ -172,7 +203,7 @@ def _split_members(
         stripped = _strip_root(images)
         tops = {member.name.partition("/")[0] for member in stripped}
         if len(tops) == 1 and tops <= set(SPLIT_WORDS):
-            stripped = [m._replace(name=m.name.partition("/")[2]) for m in stripped]
+            stripped = [Member(m.name.partition("/")[2], m.file, m.found) for m in stripped]
         splits[split] += stripped
     return splits
 
@@ -186,7 +217,7 @@ def _strip_root(members: list[Member]) -> list[Member]:
             return members
         if not all(m.name.startswith(prefix) and "/" in m.name[len(prefix) :] for m in members):
             return members
-        members = [m._replace(name=m.name[len(prefix) :]) for m in members]
+        members = [Member(m.name[len(prefix) :], m.file, m.found) for m in members]
     return members
 
 

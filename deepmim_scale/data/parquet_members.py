@@ -27,6 +27,8 @@ class _Columns(NamedTuple):
     """Leaf column of the images, e.g. `image.bytes`."""
     label: str
     """"" if there is none."""
+    class_names: tuple[str, ...] = ()
+    """What the numbers of the labels mean, where Hugging Face's description says it."""
 
 
 def list_parquet(path: Path, file: OpenFile) -> Iterator[Found]:
@@ -51,6 +53,17 @@ def list_parquet(path: Path, file: OpenFile) -> Iterator[Found]:
         raise DamagedError(f"cannot be read: {' '.join(str(error).split())}") from error
 
 
+def class_names(path: Path) -> tuple[str, ...]:
+    """Names of the labels' numbers, as Hugging Face's description has them; () without one."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return _find_columns(parquet.ParquetFile(path)).class_names
+    except (pyarrow.ArrowException, OSError, LookupError, RecursionError, DamagedError):
+        return ()
+
+
 def _find_columns(reader: Any) -> _Columns:
     """Which columns hold images and labels, by their types and Hugging Face's description."""
     schema = reader.schema_arrow
@@ -73,7 +86,10 @@ def _find_columns(reader: Any) -> _Columns:
             f"call it {' or '.join(IMAGE_COLUMNS)}",
         )
     labels = [name for name in [*of_kind("ClassLabel"), *LABEL_COLUMNS] if name in leaves]
-    return _Columns(leaf, labels[0] if labels else "")
+    label = labels[0] if labels else ""
+    names = described.get(label, {}).get("names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return _Columns(leaf, label, tuple(names) if is_list and names else ())
 
 
 def _list_group(

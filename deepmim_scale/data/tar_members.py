@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from deepmim_scale.data.ranges import OpenFile
 
 BLOCK = 512
 ARRAY = ".npy"
+ADLER_MODULUS = 65521
 MAX_SIDECAR = 1 << 20  # bytes of a label file
 HEADER_WINDOWS = (1 << 13, 1 << 21)  # bytes that all headers of one entry may take together
 LABEL_KEYS = ("label", "cls", "class_id")  # of a WebDataset's .json
@@ -166,7 +168,9 @@ def _plain_entry(block: bytes, place: int) -> _Entry | None:
         checksum = int(block[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         return None
-    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
+    # Adler-32's lower half is 1 + the sum of all bytes, by its modulus; Python's sum is slower.
+    bytes_sum = checksum - 8 * ord(" ") + sum(block[148:156])
+    if (zlib.adler32(block) & 0xFFFF) != (1 + bytes_sum) % ADLER_MODULUS:
         return None
     name = block[:100].partition(b"\0")[0]
     if magic == b"ustar\x0000" and block[345]:
