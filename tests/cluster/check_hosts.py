@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,8 +125,10 @@ def test_faults(cluster: Cluster, one: Path, fault: str) -> None:
     command = node1.start(*words, **KEEPALIVE)
     wait_for(lambda: rows(run) >= 15 or command.code is not None, 120, command.said)
     assert command.code is None, command.said
+    began = time.monotonic()
     with broken(node2, fault):
         assert command.wait(6 * TIMEOUT) != 0, command.said
+        print(f"{fault}: the launcher is back after {time.monotonic() - began:.1f} s")
         # The launcher is gone and so is the rank beside it, after a line that says where.
         line = SURVIVOR.format(rank=0, host="node1")
         wait_for(lambda: not node1.ranks(), TIMEOUT, "rank 0 outlives its launcher")
@@ -241,7 +244,6 @@ def test_the_commands_of_the_documentation(cluster: Cluster, one: Path) -> None:
     for block in blocks("hosts"):
         done = node1.shell(f"set -e\n{block}")
         assert done.code == 0, done.said
-        print(done.said)
     assert "node2: GPU 0 -> stage 1, replica 0 (rank 1)" in done.said
     (block,) = blocks("every-host")
     both = [host.start("bash", "-c", f"set -e\n{block}") for host in (node1, node2)]

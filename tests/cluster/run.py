@@ -67,8 +67,9 @@ def main(session: str) -> int:
 
     problem = install(PROGRAMS | (SLURM_PROGRAMS if session == "slurm" else {})) or why_not()
     counter = Counter()
-    words = [str(HERE / f"check_{checks}.py"), "--hosts", str(num_hosts), "-q", "--durations=0"]
-    code = 1 if problem else int(pytest.main([*words, *sys.argv[2:]], plugins=[counter]))
+    words = [str(HERE / f"check_{checks}.py"), "--hosts", str(num_hosts), *sys.argv[2:]]
+    shown = ["-q", "-s", "--durations=0"]
+    code = 1 if problem else int(pytest.main([*words, *shown], plugins=[counter]))
     ends = [f"{count} {end}" for end, count in counter.ends.items() if count or end == "passed"]
     print(f"{name}: {', '.join(ends)}{f' ({problem})' if problem else ''}", flush=True)
     return code or int(not counter.ends["passed"] or counter.ends["skipped"] > 0)
