@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launched import PATIENCE, SMALL, Launch, digest, last_saved, write_noise
 
-from deepmim_scale.runs.folder import read_metrics
+from deepmim_scale.runs.folder import CHECKPOINTS, read_metrics
 from deepmim_scale.runs.stop import SAME_SIGNAL_SECONDS
 
 STEPS = 12
@@ -97,6 +98,58 @@ def test_a_disk_that_fills_up(data: str, clean: str, tmp_path: Path) -> None:
     assert "cannot be written (No space left on device); last good checkpoint" in line
     assert line.endswith("step_00000003; make it writable and start again")
     assert last_saved(run) == 3
+    again = Launch("python", run, *words)
+    assert again.end() == 0, again.said
+    assert digest(run) == clean
+
+
+def make_read_only(run: Path) -> None:
+    """What a server does that is in trouble; a folder with open files cannot be made so here."""
+    place = str(run / CHECKPOINTS)
+    for words in (["--bind", place, place], ["-o", "remount,ro,bind", place]):
+        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted: {done.stderr.strip()}")
+
+
+def make_writable(run: Path) -> None:
+    subprocess.run(["umount", str(run / CHECKPOINTS)], check=True)
+
+
+# (reason in the message, what happens to the run's folder, and its undoing)
+LOSSES: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]]] = {
+    "read-only": (
+        "Read-only file system",
+        make_read_only,
+        make_writable,
+    ),
+    "vanished": (
+        "No such file or directory",
+        lambda run: run.rename(run.with_name("elsewhere")),
+        lambda run: run.with_name("elsewhere").rename(run),
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_folder_that_is_lost(data: str, clean: str, tmp_path: Path, loss: str) -> None:
+    run, (reason, lose, undo) = tmp_path / "run", LOSSES[loss]
+    words = [*WORDS, "--data", data, "--save-every", "2", "--keep-checkpoints", "9"]
+    # Slow steps, so that it happens in the middle.
+    launch = Launch("python", run, *words, "--inject", "slow:step=5,seconds=3")
+    launch.wait_for(lambda: last_saved(run) >= 4)
+    try:
+        lose(run)
+        assert launch.end() == 1, launch.said
+    finally:
+        launch.kill()
+        undo(run)
+    (line,) = errors(launch)
+    assert f"output={run}: cannot be written ({reason})" in line
+    assert ("last good checkpoint" in line) == (loss == "read-only"), (
+        "of a lost folder none is seen"
+    )
+    assert last_saved(run) == 4
     again = Launch("python", run, *words)
     assert again.end() == 0, again.said
     assert digest(run) == clean
