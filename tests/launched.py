@@ -126,9 +126,14 @@ def last_saved(run: Path) -> int:
 
 
 def digest(run: Path) -> str:
-    """Of all weights and moments of the newest checkpoint, whatever the number of stages."""
+    """Of what is trained in the newest checkpoint, with its moments, for any number of stages.
+
+    A frozen position table is stored once per stage, and thus under other names.
+    """
     folder, whole = files.resolve(run), hashlib.sha256()
-    for kind in ("weights", "optimizer"):
-        for name, tensor in sorted(files.read_tensors(folder, kind).items()):
+    moments = files.read_tensors(folder, "optimizer")
+    trained = {name.partition("/")[2] for name in moments}
+    for tensors in (files.read_tensors(folder, "weights", trained), moments):
+        for name, tensor in sorted(tensors.items()):
             whole.update(name.encode() + tensor.numpy().tobytes())
     return whole.hexdigest()
