@@ -14,8 +14,9 @@ from deepmim_scale.arguments import difference, writable
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.plan.calibrate import calibrated
+from deepmim_scale.plan.cost import WeightGather
 from deepmim_scale.plan.hardware import GPUS, NETWORKS, lookup, network_gbytes
-from deepmim_scale.plan.planner import enumerate_plans
+from deepmim_scale.plan.planner import enumerate_plans, executed_gather
 from deepmim_scale.plan.planner import to_json as plans_to_json
 from deepmim_scale.plan.row import Cluster, Plan
 from deepmim_scale.presets import load_preset
@@ -80,10 +81,11 @@ def plan(args: PlanArguments) -> None:
         "stages replicas  micro-batch  schedule      images/s   MFU   idle  memory/GiB  sent/MB"
         "  reduced/MB  how"
     )
-    for row in _shown(plans, executed=True):
+    gather = executed_gather(args.model)
+    for row in _shown(plans, gather, executed=True):
         print(_plan_line(row))
     print("beside them, what no run does (all rows: --json):")
-    for row in _shown(plans, executed=False):
+    for row in _shown(plans, gather, executed=False):
         print(_plan_line(row))
     print(_verdict(plans))
 
@@ -99,13 +101,13 @@ def _rates(cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
-def _shown(plans: list[Plan], *, executed: bool) -> list[Plan]:
+def _shown(plans: list[Plan], gather: WeightGather, *, executed: bool) -> list[Plan]:
     """The fastest row of each way; what saves memory only where plain data parallelism needs it."""
     plain = [row for row in plans if row.kind == "data_parallel" and row.is_executed]
     crowded = not any(row.fits for row in plain)
     found: dict[tuple[object, ...], Plan] = {}
     for row in plans:
-        runs = row.is_executed and row.weight_gather == "fp32"
+        runs = row.is_executed and row.weight_gather == gather
         saves = row.weights != "autocast" or row.recompute != "none"
         if runs != executed or row.overlap == "none" or (saves and not crowded):
             continue

@@ -23,6 +23,7 @@ from typing import Any
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.errors import UserError
 from deepmim_scale.methods.base import Placement
+from deepmim_scale.objectives import objective_of
 from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.compatibility import combinations
 from deepmim_scale.pipeline.ir import Pipeline, Reduction
@@ -44,13 +45,20 @@ from deepmim_scale.plan.row import Cluster, Plan, flops_rate, replica_seconds, u
 from deepmim_scale.plan.timing import layout_of, memory_of, pipeline_of, times_of
 
 __all__ = ["Cluster", "Plan", "enumerate_plans", "predict", "to_json"]
-MAX_STAGES = 8
+MAX_STAGES = (8, 16, 32, 64)
+"""More stages than the first number are tried only where nothing fits with fewer: it takes long."""
 MICROBATCHES = (8, 16, 32, 64, 128, 256)
 
 
 def enumerate_plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> list[Plan]:
     """Every legal plan, the fastest that fits and that a run executes first; UserError if none."""
-    plans = [*_pipelines(model, cluster, global_batch)]
+    plans: list[Plan] = []
+    fewer = 1
+    for most in MAX_STAGES:
+        plans += _pipelines(model, cluster, global_batch, fewer, most)
+        fewer = most
+        if any(plan.fits for plan in plans) or most >= model.depth:
+            break
     for microbatch, microbatches in _microbatches(cluster.num_gpus, global_batch):
         plans += data_parallel_rows(model, cluster, microbatch, microbatches)
     if not plans:
@@ -59,15 +67,21 @@ def enumerate_plans(model: ModelConfig, cluster: Cluster, global_batch: int) -> 
             f"micro-batches of {MICROBATCHES[0]} or more images; use a multiple of "
             f"{MICROBATCHES[0] * cluster.num_gpus}"
         )
+    gather = executed_gather(model)
     return sorted(
         plans,
         key=lambda plan: (
-            not (plan.fits and plan.is_executed and plan.weight_gather == "fp32"),
+            not (plan.fits and plan.is_executed and plan.weight_gather == gather),
             not plan.fits,
             plan.step_seconds,
             plan.memory_bytes,
         ),
     )
+
+
+def executed_gather(model: ModelConfig) -> WeightGather:
+    """How a run under autocast gathers weights: a teacher that learns from them needs fp32."""
+    return "fp32" if objective_of(model).whole_model else "16bit"
 
 
 def to_json(plans: list[Plan]) -> dict[str, Any]:
@@ -83,9 +97,11 @@ def _microbatches(replicas: int, global_batch: int) -> Iterator[tuple[int, int]]
             yield microbatch, global_batch // (microbatch * replicas)
 
 
-def _pipelines(model: ModelConfig, cluster: Cluster, global_batch: int) -> Iterator[Plan]:
+def _pipelines(
+    model: ModelConfig, cluster: Cluster, global_batch: int, fewer: int, most: int
+) -> Iterator[Plan]:
     for placement, stages, spec in combinations(model):
-        if not 1 < stages <= MAX_STAGES or cluster.num_gpus % stages or not spec.is_planned:
+        if not fewer < stages <= most or cluster.num_gpus % stages or not spec.is_planned:
             continue
         for size, count in _microbatches(cluster.num_gpus // stages, global_batch):
             fp32 = predict(model, cluster, stages, spec.name, size, count, placement)
