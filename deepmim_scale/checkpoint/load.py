@@ -8,7 +8,7 @@ from torch import nn
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.checkpoint.saver import Learned
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.runs.state import read_state
 
@@ -34,12 +34,12 @@ def load_weights(folder: Path, module: nn.Module) -> None:
 def load_optimizer(folder: Path, engine: zero.Engine) -> None:
     """Restore AdamW's state and the loss scale into a fresh engine of any replica count."""
     names = [n for n, p in global_parameters(engine.module).items() if p.requires_grad]
-    keys = [f"{moment}/{name}" for name in names for moment in zero.MOMENTS]
+    keys = [f"{moment}/{name}" for name in names for moment in zero_state.MOMENTS]
     state = read_state(folder)
     moments = files.read_tensors(folder, "optimizer", keys)
-    zero.load_master_weights(engine, files.read_tensors(folder, "weights", names))
-    zero.load_optimizer_state(engine, moments, state.updates)
-    zero.load_scaler_state(engine, state.loss_scaler)
+    zero_state.load_master_weights(engine, files.read_tensors(folder, "weights", names))
+    zero_state.load_optimizer_state(engine, moments, state.updates)
+    zero_state.load_scaler_state(engine, state.loss_scaler)
 
 
 def load_learned(folder: Path, learned: Learned) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.errors import RunFailure
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.grid import ProcessGrid, make_group
 from deepmim_scale.parallel.shards import ShardCopies, gather_state
 from deepmim_scale.parallel.stages import global_parameters
@@ -71,7 +71,9 @@ class Saver:
         self.wait()
         self._copies = self._copies or ShardCopies(self._engine)
         self._copies.take()
-        state = CheckpointState(**(dict(state) | {"loss_scaler": zero.scaler_state(self._engine)}))
+        state = CheckpointState(
+            **(dict(state) | {"loss_scaler": zero_state.scaler_state(self._engine)})
+        )
         fixed, learned = self._copy_others()
         self._thread = threading.Thread(
             target=self._work, args=(state, fixed, learned), name="saver", daemon=True

@@ -31,7 +31,7 @@ from deepmim_scale.finetune.files import step_line, summarize, write_weights
 from deepmim_scale.finetune.mixing import Mixing
 from deepmim_scale.finetune.prepare import PreparedFinetune, write_config
 from deepmim_scale.finetune.recipe import build_loss
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.runs.environment import record_start
 from deepmim_scale.runs.folder import read_metrics, writing
@@ -212,7 +212,7 @@ class Finetuner:
     def _weights(self) -> dict[str, Tensor]:
         """The weights in full precision, on this device."""
         if self.precision.is_pure:
-            masters = zero.master_weights(self.engine)
+            masters = zero_state.master_weights(self.engine)
             return {name: value.to(self.device) for name, value in masters.items()}
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
@@ -250,7 +250,7 @@ class Finetuner:
         if not names:
             return
         averages = self.average.averages() if self.average and self.average.updates else None
-        weights = averages or zero.master_weights(self.engine, keep=self.rank == 0)
+        weights = averages or zero_state.master_weights(self.engine, keep=self.rank == 0)
         if self.rank == 0:
             with writing(self.config.output):
                 write_weights(self.prepared, weights, summary[0], names)

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.watch import place
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-KINDS = ("weights", "fp32 masters", *zero.MOMENTS)
+KINDS = ("weights", "fp32 masters", *zero_state.MOMENTS)
 
 
 def digest(tensors: Sequence[Tensor]) -> Tensor:
@@ -74,8 +74,8 @@ class Digests:
 
     def _sums(self) -> Tensor:
         """[4 G]: weights, masters and both moments of each group."""
-        shards = list(zero.shards(self._engine))
-        rows = [zero.flat_weights(self._engine), *zip(*shards, strict=True)]
+        shards = list(zero_state.shards(self._engine))
+        rows = [zero_state.flat_weights(self._engine), *zip(*shards, strict=True)]
         return digest([tensor for row in rows for tensor in row])
 
     def before_update(self) -> None:

@@ -16,6 +16,7 @@ from deepmim_scale.parallel.gradients import GradientReducer
 from deepmim_scale.parallel.p2p import Channels, channels_of
 from deepmim_scale.parallel.stages import RankStages
 from deepmim_scale.parallel.step import Backward, RankParts, Step
+from deepmim_scale.parallel.weights import WeightGatherer
 from deepmim_scale.pipeline.ir import COMPUTE_KINDS, Instruction, Kind, Schedule
 from deepmim_scale.plan.resolve import TrainingPlan
 from deepmim_scale.precision import Precision
@@ -36,10 +37,11 @@ class Executor:
         objective: Objective,
         precision: Precision,
         reducer: GradientReducer | None = None,
+        weights: WeightGatherer | None = None,
     ) -> None:
         self.schedule = plan.built.schedule
         self._parts = RankParts(
-            plan.layout, pp_rank, stages, channels, objective, precision, reducer
+            plan.layout, pp_rank, stages, channels, objective, precision, reducer, weights
         )
         self._device = next(stages.parameters()).device
         self._clock = Clock(self._device)

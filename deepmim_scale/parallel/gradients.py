@@ -29,6 +29,8 @@ class FlatGroup:
     size: int
     part: str = ""
     """Of the model: the groups of one part are summed at the same moment."""
+    is_rounded: bool = False
+    """Autocast rounds every weight of the group before it uses it."""
 
     @property
     def gaps(self) -> list[int]:

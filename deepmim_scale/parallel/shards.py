@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.gradients import FlatGroup
 from deepmim_scale.parallel.stages import global_parameters
 
@@ -25,12 +25,12 @@ class ShardCopies:
         # Pinned, so that copies run at the bus's speed.
         self.tensors = [
             torch.empty((len(rows), rows[0].numel()), pin_memory=rows[0].is_cuda)
-            for rows in zero.shards(engine)
+            for rows in zero_state.shards(engine)
         ]
 
     def take(self) -> None:
         """Copy the state after the last step; returns when the next step may change it."""
-        for room, rows in zip(self.tensors, zero.shards(self._engine), strict=True):
+        for room, rows in zip(self.tensors, zero_state.shards(self._engine), strict=True):
             for copy, row in zip(room, rows, strict=True):
                 copy.copy_(row, non_blocking=True)
         if torch.cuda.is_available():
@@ -54,7 +54,7 @@ def gather_state(
         for parameter, (weight, *others) in _cut(group, whole):
             name = names[id(parameter)]
             weights[name] = weight
-            for moment, value in zip(zero.MOMENTS, others, strict=True):
+            for moment, value in zip(zero_state.MOMENTS, others, strict=True):
                 moments[f"{moment}/{name}"] = value
     return weights, moments
 

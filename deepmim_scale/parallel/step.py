@@ -24,7 +24,9 @@ from deepmim_scale.objectives import Objective
 from deepmim_scale.parallel.gradients import GradientReducer
 from deepmim_scale.parallel.p2p import Channels
 from deepmim_scale.parallel.stages import RankStages, TensorRoom, part_of_stage
+from deepmim_scale.parallel.weights import WeightGatherer
 from deepmim_scale.pipeline.ir import (
+    COMPUTE_KINDS,
     Instruction,
     Kind,
     Message,
@@ -51,6 +53,8 @@ class RankParts:
     precision: Precision
     reducer: GradientReducer | None = None
     """Sums gradients over the replicas, where a schedule tells it to."""
+    weights: WeightGatherer | None = None
+    """Has the last step's weights, or they are still on their way."""
 
     def decoders_of(self, stage: int) -> list[str]:
         """Names of a stage's decoders, shallow first."""
@@ -124,6 +128,9 @@ class Step:
 
     def execute(self, step: Instruction) -> None:
         """Carry out one instruction."""
+        weights = self._parts.weights
+        if weights is not None and step.kind in COMPUTE_KINDS:
+            weights.wait_part(part_of_stage(step.stage, step.kind.startswith("decoder")))
         self._do[step.kind](step)
         self._executed.add(step)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: everything of it that is private or young is touched here and nowhere else.
+"""DeepSpeed's engine: what of it is private or young is touched here and in `zero_state.py` alone.
 
 One plain DeepSpeedEngine per pipeline stage, whose `mpu` is the grid of stages and replicas, gives
 ZeRO-2 over the stage's replicas, and gradient norm and overflow vote over all stages. What
@@ -18,8 +18,12 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from deepmim_scale.ds_config import precision_of
@@ -27,28 +31,11 @@ from deepmim_scale.parallel.gradients import FlatGroup, GradientReducer, Wishes,
 from deepmim_scale.parallel.grid import ProcessGrid
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.parallel.watch import limited
+from deepmim_scale.parallel.weights import WeightGatherer
 from deepmim_scale.pipeline.ir import Reduction
 from deepmim_scale.precision import Precision
 
-# A middle rank has more streams than the 8 hardware queues of a GPU by default; a message that
-# nobody takes up yet must not hold up computations in its queue.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-# torch 2.15 has a second NCCL backend, whose communicators all ranks must make at once.
-os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-
 Engine = Any  # a deepspeed.DeepSpeedEngine, which has no types
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _COMMUNICATION = {"bfloat16": "bf16", "float16": "fp16"}
 # Keys of our JSON that DeepSpeed does not read, or reads in a way that fails: with float16 its
 # torch_autocast scales by a GradScaler that neither lowers its scale on overflow nor is voted.
@@ -125,8 +112,12 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     ds_config: dict[str, Any],
     grid: ProcessGrid,
+    *,
+    rounds_weights: bool = False,
 ) -> Engine:
     """A ZeRO-2 engine for this rank's stage; ds_config is resolved (no "auto").
+
+    With `rounds_weights` replicas get updated weights as autocast would round them.
 
     DeepSpeed shards, updates and gathers; gradients are summed by a `GradientReducer` of ours,
     group by group, so stages may differ in their number of parameter groups. ValueError if the
@@ -161,7 +152,7 @@ def build_engine(
         hook.remove()
     engine.gradients = GradientReducer(
         [
-            _flat_group(flat, [p for p in parameters if p in known], group.get("part", ""))
+            _flat_group(flat, [p for p in parameters if p in known], group)
             for flat, parameters, group in zip(
                 sharded.bit16_groups_flat,
                 sharded.round_robin_bit16_groups,
@@ -171,6 +162,12 @@ def build_engine(
         ],
         sharded.dp_process_group,
         sharded.get_param_comm_dtype(next(module.parameters())),
+    )
+    engine.weights = WeightGatherer(
+        engine.gradients.groups,
+        sharded.bit16_groups_flat,
+        sharded.dp_process_group,
+        getattr(torch, precision.product) if rounds_weights and precision.is_autocast else None,
     )
     if precision == "float16":
         scale = ds_config.get("loss_scale", {})
@@ -205,10 +202,16 @@ def _without_muon() -> Iterator[None]:
             sys.modules[name] = before
 
 
-def _flat_group(flat: Tensor, parameters: list[nn.Parameter], part: str) -> FlatGroup:
+def _flat_group(flat: Tensor, parameters: list[nn.Parameter], group: dict[str, Any]) -> FlatGroup:
     # Weights are views of the flat buffer; releases differ in how they say where.
     offsets = [int(p.storage_offset() - flat.storage_offset()) for p in parameters]
-    return FlatGroup(tuple(parameters), tuple(offsets), flat.numel(), part)
+    return FlatGroup(
+        tuple(parameters),
+        tuple(offsets),
+        flat.numel(),
+        group.get("part", ""),
+        group.get("is_rounded", False),
+    )
 
 
 def _check_norm(engine: Engine, *_: Any, **__: Any) -> None:
@@ -294,11 +297,15 @@ def gradient_norms(
     return {n: math.sqrt(x) / loss_scale(engine) for n, x in zip(owners, found, strict=True)}
 
 
-def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
+def apply_step(
+    engine: Engine, learning_rate: float, *, overlap: bool = False
+) -> tuple[float, bool]:
     """Clip, vote on overflow and update; returns (gradient norm over all stages, applied).
 
-    A parameter group with an `lr_scale` moves at that multiple of the rate.
+    A parameter group with an `lr_scale` moves at that multiple of the rate. With `overlap` other
+    replicas' weights are still on their way: `engine.weights` waits for them, part by part.
     """
+    engine.weights.finish()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     if math.isnan(engine.gradients.norm):
@@ -306,90 +313,27 @@ def apply_step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
     norm = engine.gradients.norm / loss_scale(engine)
     engine.set_gradient_accumulation_boundary(True)  # else step() silently does nothing
     skipped = engine.skipped_steps
-    engine.step()
+    with _gathered_by_us(engine):
+        engine.step()
+    if not overlap:
+        engine.weights.finish()
     applied = engine.skipped_steps == skipped
     if engine.gradients.guard is not None:
         engine.gradients.guard.after_update()
     return norm if applied else math.inf, applied
 
 
+@contextlib.contextmanager
+def _gathered_by_us(engine: Engine) -> Iterator[None]:
+    """Where DeepSpeed would hand updated weights to all replicas, our gatherer begins."""
+    before = stage_1_and_2.all_gather_dp_groups
+    stage_1_and_2.all_gather_dp_groups = lambda *_, **__: engine.weights.start()
+    try:
+        yield
+    finally:
+        stage_1_and_2.all_gather_dp_groups = before
+
+
 def loss_scale(engine: Engine) -> float:
     """The factor by which losses are multiplied before backward; 1 without float16."""
     return float(engine.optimizer.loss_scale)
-
-
-def _trainable(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in global_parameters(engine.module).items():
-        if parameter.requires_grad:
-            yield name, parameter
-
-
-def master_weights(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
-    """The fp32 weights of this stage that the optimizer updates, on the CPU.
-
-    Every replica must call it; those that do not `keep` them only take part and get nothing.
-    """
-    found = ((name, safe_get_full_fp32_param(p)) for name, p in _trainable(engine))
-    return {name: value.cpu() for name, value in found if keep}
-
-
-def load_master_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
-    """Inverse of `master_weights`; the module's own weights must be loaded already."""
-    for name, parameter in _trainable(engine):
-        safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
-
-
-def _link_optimizer_state(engine: Engine) -> None:
-    # DeepSpeed links after the step of the first group, when the second one has no state yet.
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def flat_weights(engine: Engine) -> list[Tensor]:
-    """The weights that this rank computes with, [N] for each parameter group."""
-    return list(engine.optimizer.bit16_groups_flat)
-
-
-def shards(engine: Engine) -> Iterator[tuple[Tensor, ...]]:
-    """This rank's part of each parameter group: fp32 weights and both moments, each [n]."""
-    zero = engine.optimizer
-    for flat in zero.single_partition_of_fp32_groups:
-        # No state before a first update: AdamW then begins with zeros.
-        state = zero.optimizer.state.get(flat, {})
-        none = None if state else torch.zeros_like(flat)
-        yield (flat.detach(), *(state.get(moment, none) for moment in MOMENTS))
-
-
-def load_optimizer_state(engine: Engine, state: dict[str, Tensor], step: int) -> None:
-    """Set AdamW's moments from full tensors and its step count, whatever the replica count was.
-
-    A fresh ZeRO optimizer has no state to write into; so it is made and linked here.
-    """
-    zero = engine.optimizer
-    for flat in zero.single_partition_of_fp32_groups:
-        device = flat.device if zero.optimizer.defaults.get("fused") else "cpu"
-        zero.optimizer.state[flat] = {
-            "step": torch.tensor(float(step), device=device),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-        }
-    for group in zero.optimizer.param_groups:
-        group["step"] = step  # where apex counts; torch's AdamW does not look at it
-    _link_optimizer_state(engine)
-    for name, parameter in _trainable(engine):
-        for moment in MOMENTS:
-            value = state[f"{moment}/{name}"].to(parameter.device)
-            safe_set_full_optimizer_state(parameter, value, moment)
-
-
-def scaler_state(engine: Engine) -> dict[str, float]:
-    """What a float16 run needs to go on with the same loss scale; empty otherwise."""
-    scaler = engine.optimizer.loss_scaler
-    if not isinstance(scaler, DynamicLossScaler):
-        return {}
-    return {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter")}
-
-
-def load_scaler_state(engine: Engine, state: dict[str, float]) -> None:
-    """Inverse of `scaler_state`."""
-    for key, value in state.items():
-        setattr(engine.optimizer.loss_scaler, key, value)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepmim_scale.checkpoint import files
 from deepmim_scale.faults import KINDS, Fault, parse_fault
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.runs.folder import list_checkpoints
 from deepmim_scale.runs.stop import print_line
 
@@ -67,9 +67,9 @@ def _flip(fault: Fault, output: str, engine: zero.Engine) -> None:
         names = sorted(newest[0].glob("*.safetensors")) if newest else []
         flip_file(names[0], fault.bit)
         return
-    tensors = zero.flat_weights(engine)
+    tensors = zero_state.flat_weights(engine)
     if fault.of == "moments":
-        tensors = [row for rows in zero.shards(engine) for row in rows[1:]]
+        tensors = [row for rows in zero_state.shards(engine) for row in rows[1:]]
     flip_bit(tensors, fault.bit)
 
 

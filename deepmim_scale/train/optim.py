@@ -30,7 +30,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     sizes: Counter[str] = Counter()
     for parameter, (part, _) in places.items():
         sizes[part] += parameter.numel() * parameter.requires_grad
-    groups: dict[tuple[str, float, int], dict[str, Any]] = {}
+    rounded = rounded_by_autocast(module)
+    groups: dict[tuple[str, float, int, bool], dict[str, Any]] = {}
     for both in param_groups_weight_decay(module, weight_decay):
         for parameter in both["params"]:
             part, piece = places[parameter]
@@ -40,10 +41,21 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             # Where they do not divide, the piece that is summed last is the smallest.
             after = len(known) - 1 - known.index(piece)
             number = count - 1 - after * count // len(known)
-            key = (part, both["weight_decay"], number)
-            group = groups.setdefault(key, both | {"part": part, "params": []})
+            # Tokens and matrices under a weight norm are few: they need no pieces either.
+            is_rounded = parameter in rounded
+            key = (part, both["weight_decay"], number if is_rounded else 0, is_rounded)
+            facts = {"part": part, "is_rounded": is_rounded, "params": []}
+            group = groups.setdefault(key, both | facts)
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def rounded_by_autocast(module: nn.Module) -> set[nn.Parameter]:
+    """Weights that autocast casts to 16 bits before their only use, a matrix product."""
+    layers = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    own = (dict(layer.named_parameters(recurse=False)) for layer in layers)
+    # A weight norm has no `weight` of its own: it scales another matrix in fp32.
+    return {parameters["weight"] for parameters in own if "weight" in parameters}
 
 
 def peak_learning_rate(config: RunConfig, global_batch: int) -> float:

@@ -14,7 +14,7 @@ from deepmim_scale.config import RunConfig
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.models.blocks import compile_blocks
 from deepmim_scale.models.weight_queue import split_weight_gradients
-from deepmim_scale.objectives import Objective
+from deepmim_scale.objectives import Objective, objective_of
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.executor import Executor
 from deepmim_scale.parallel.p2p import Channels
@@ -85,7 +85,14 @@ def build_runtime(
         betas=(config.beta1, config.beta2),
         eps=config.eps,
     )
-    engine = zero.build_engine(stages, optimizer, ds_config, grid)
+    engine = zero.build_engine(
+        stages,
+        optimizer,
+        ds_config,
+        grid,
+        # A teacher that learns from the weights gets them whole.
+        rounds_weights=not objective_of(config.model).whole_model,
+    )
     if checkpoint is not None:
         load_optimizer(checkpoint, engine)
         load_learned(checkpoint, objective)
@@ -99,5 +106,6 @@ def build_runtime(
         objective,
         precision_of(ds_config),
         engine.gradients,
+        engine.weights,
     )
     return Runtime(grid, stages, engine, channels, executor, objective)

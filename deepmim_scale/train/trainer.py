@@ -34,6 +34,7 @@ from deepmim_scale.data.watched_source import WatchedSource
 from deepmim_scale.ds_config import precision_of
 from deepmim_scale.errors import RunFailure, UserError
 from deepmim_scale.methods import decoder_names, losses_of
+from deepmim_scale.objectives import objective_of
 from deepmim_scale.parallel import zero
 from deepmim_scale.parallel.grid import make_group
 from deepmim_scale.parallel.stages import global_parameters
@@ -43,6 +44,7 @@ from deepmim_scale.runs.folder import CONFIG, write_config, writing
 from deepmim_scale.runs.resume import set_aside
 from deepmim_scale.runs.state import CheckpointState
 from deepmim_scale.train.block_log import BlockLog
+from deepmim_scale.train.garbage import collected_between_steps
 from deepmim_scale.train.keeper import Keeper
 from deepmim_scale.train.metrics import MetricsWriter, peak_memory_gib, throughput
 from deepmim_scale.train.optim import peak_learning_rate, run_rate
@@ -130,7 +132,7 @@ class Trainer:
         skipped = 0
         progress.start(self.total_steps, self.step)
         try:
-            with self._profiler() as profiler:
+            with self._profiler() as profiler, collected_between_steps() as collect:
                 for batches in loader:
                     keeper.ask(self.step + 1)
                     row, applied = self.train_step(batches, loader.wait_seconds)
@@ -152,6 +154,7 @@ class Trainer:
                         writer.write(row)
                     progress.step(row, self.total_steps, config.print_every)
                     keeper.after_step(self.step, applied=applied, finished=self.finished)
+                    collect(self.step)
                     if profiler is not None:
                         profiler.step()
         finally:
@@ -213,7 +216,9 @@ class Trainer:
             blocks["block_grad_norms"] = self.block_log.gradient_norms(self.engine)
         owners = ["encoder", *decoder_names(config.model).values()]
         norms = zero.gradient_norms(self.engine, owners, gradient_owner)
-        norm, applied = zero.apply_step(self.engine, rate)
+        # A teacher that learns reads all weights at once.
+        overlap = not objective_of(config.model).whole_model
+        norm, applied = zero.apply_step(self.engine, rate, overlap=overlap)
         if applied:
             self.objective.after_step(global_parameters(self.engine.module))
         self.step += 1

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from pipelines import LEARNING_RATE, Pipeline, micro_batch
 
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.digests import Digests
 from deepmim_scale.train.inject import flip_bit
 
@@ -36,8 +36,8 @@ def take_step(pipeline: Pipeline, number: int) -> bool:
 
 def tensors_of(pipeline: Pipeline, kind: str) -> list[torch.Tensor]:
     if kind == "weights":
-        return zero.flat_weights(pipeline.engine)
-    rows = list(zero.shards(pipeline.engine))
+        return zero_state.flat_weights(pipeline.engine)
+    rows = list(zero_state.shards(pipeline.engine))
     return [row[0] for row in rows] if kind == "masters" else [r for row in rows for r in row[1:]]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor
 
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 
 
 def optimizer_state(engine: zero.Engine) -> dict[str, Tensor]:
     """Both moments of a stage in full, as `exp_avg/<name>`; every replica calls it."""
-    zero._link_optimizer_state(engine)
+    zero_state._link_optimizer_state(engine)
     return {
         f"{moment}/{name}": safe_get_full_optimizer_state(parameter, moment).cpu()
-        for name, parameter in zero._trainable(engine)
-        for moment in zero.MOMENTS
+        for name, parameter in zero_state._trainable(engine)
+        for moment in zero_state.MOMENTS
     }

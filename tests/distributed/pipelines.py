@@ -27,7 +27,7 @@ from deepmim_scale.config import ModelConfig, RunConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, precision_of, resolve_ds_config
 from deepmim_scale.models import build_model
 from deepmim_scale.objectives import build_objective, objective_of
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.parallel.stages import global_parameters
 from deepmim_scale.pipeline.builders import SchedulingProblem
 from deepmim_scale.pipeline.files import schedule_to_json
@@ -213,12 +213,15 @@ class Pipeline:
             losses = self.executor.train(
                 batches, (lambda loss: backward(spoil(loss))) if spoil else backward
             )
-        norm, applied = zero.apply_step(self.engine, LEARNING_RATE)
+        norm, applied = zero.apply_step(self.engine, LEARNING_RATE, overlap=True)
         return losses, norm, applied
 
     def whole(self) -> dict[str, Tensor]:
         """All parameters of replica 0, on every rank."""
+        zero_state.flat_weights(self.engine)  # waits for what is still on its way
         mine = {n: p.detach().clone() for n, p in global_parameters(self.stages).items()}
+        # Replicas compute with rounded matrices; what is trained are the optimizer's.
+        mine |= zero_state.master_weights(self.engine)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine if self.replica == 0 else {})
         return {name: tensor for part in everyone for name, tensor in part.items()}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deepmim_scale.checkpoint.saver import Saver
 from deepmim_scale.objectives import build_objective
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
 from deepmim_scale.runs.state import CheckpointState
 
 MICROBATCHES = 4  # of a step, over all replicas
@@ -47,7 +47,7 @@ def everything(pipeline: Pipeline) -> dict[str, Tensor]:
     engine = pipeline.engine
     weights = {n: p for n, p in pipeline.whole().items() if "pos_embed" not in n}
     mine = optimizer_state(engine)
-    mine |= {f"master/{n}": value for n, value in zero.master_weights(engine).items()}
+    mine |= {f"master/{n}": value for n, value in zero_state.master_weights(engine).items()}
     counts = [float(state["step"]) for state in engine.optimizer.optimizer.state.values()]
     mine["step"] = torch.tensor([min(counts), max(counts)])
     everyone: list[Any] = [None] * dist.get_world_size()

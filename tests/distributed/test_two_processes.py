@@ -64,5 +64,11 @@ def test_contract_of_deepspeed(measured: dict[str, Any]) -> None:
     }
 
 
+def test_updated_weights_travel_as_autocast_would_round_them(measured: dict[str, Any]) -> None:
+    found = measured["check_weight_gather"]
+    assert found == dict.fromkeys(found, True)
+    assert len(found) == 6
+
+
 def test_unequal_parameter_groups_are_refused(measured: dict[str, Any]) -> None:
     assert "parameter groups per rank [2, 1]" in measured["check_unequal_groups"]

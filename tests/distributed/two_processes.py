@@ -20,9 +20,10 @@ from torch import Tensor
 from deepmim_scale.config import ModelConfig
 from deepmim_scale.ds_config import BatchSizes, load_ds_config, resolve_ds_config
 from deepmim_scale.models import Model, build_model, local_backward
-from deepmim_scale.parallel import zero
+from deepmim_scale.parallel import zero, zero_state
+from deepmim_scale.precision import Precision
 from deepmim_scale.presets import debug
-from deepmim_scale.train.optim import parameter_groups
+from deepmim_scale.train.optim import parameter_groups, rounded_by_autocast
 from deepmim_scale.train.trainer import gradient_owner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,7 @@ def engine_for(
     model: Model | None = None,
     settings: str = "cpu_fp32",
     clip: float = 0.0,
+    rounds_weights: bool = False,
 ) -> tuple[Model, zero.Engine]:
     run = debug().replace(clip_grad=clip)
     content = load_ds_config(str(ROOT / "ds_configs" / f"{settings}.json"))
@@ -61,7 +63,7 @@ def engine_for(
         betas=(0.9, 0.95),
         eps=EPS,
     )
-    return model, zero.build_engine(model, optimizer, resolved, grid)
+    return model, zero.build_engine(model, optimizer, resolved, grid, rounds_weights=rounds_weights)
 
 
 def reduced_gradients(engine: zero.Engine) -> list[Tensor]:
@@ -165,7 +167,7 @@ def check_state_round_trip(grid: Any) -> dict[str, bool]:
     for name, parameter in second.named_parameters():
         parameter.data.copy_(saved[name])
     _, second_engine = engine_for(1, grid, model=second)
-    zero.load_optimizer_state(second_engine, state, step=2)
+    zero_state.load_optimizer_state(second_engine, state, step=2)
     loaded = optimizer_state(second_engine)
     same_state = all(torch.equal(state[key], loaded[key]) for key in state)
     for each, each_engine in ((model, engine), (second, second_engine)):
@@ -228,6 +230,45 @@ def check_silent_traps(grid: Any) -> dict[str, Any]:
     return {"step without boundary does nothing": unchanged, "miscount passes": wrong_count}
 
 
+def check_weight_gather(grid: Any) -> dict[str, bool]:
+    """Updated weights under autocast: which are rounded, and that replicas agree on them."""
+    result = {}
+    for rounds in (True, False):
+        model, engine = engine_for(1, grid, settings="a100_bf16", rounds_weights=rounds)
+        with (
+            zero.autocast(Precision.BFLOAT16, torch.device("cpu")),
+            zero.reduced_step(engine, "coalesced", 5) as backward,
+        ):
+            inputs = images(0, 0, dist.get_rank(), model.config)
+            local_backward(model, **inputs, backward=backward)
+        before = [flat.clone() for flat in engine.weights.flats]
+        zero.apply_step(engine, LEARNING_RATE, overlap=True)
+        half = len(before[0]) // 2
+        # The other replica's half of a group: not there before somebody waits for it.
+        theirs = slice(0, half) if dist.get_rank() else slice(half, None)
+        late = torch.equal(engine.weights.flats[0][theirs], before[0][theirs])
+        engine.weights.finish()
+        result[f"{rounds} not waited for"] = everywhere(late)
+        masters = zero_state.master_weights(engine)
+        rounded = rounded_by_autocast(model)
+        equal = exact = True
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            everyone = [torch.empty_like(parameter) for _ in range(2)]
+            dist.all_gather(everyone, parameter.detach())
+            equal &= torch.equal(*everyone)
+            master = masters[name]
+            if rounds and parameter in rounded:
+                exact &= torch.equal(parameter, master.bfloat16().float())
+                exact &= not torch.equal(parameter, master)
+            else:
+                exact &= torch.equal(parameter, master)
+        result[f"{rounds} equal on replicas"] = everywhere(equal)
+        result[f"{rounds} rounded where it must be"] = everywhere(exact)
+    return result
+
+
 def check_unequal_groups(grid: Any) -> str:
     model = build_model(debug)
     groups = parameter_groups(model, 0.05)[: 2 - dist.get_rank()]
@@ -245,6 +286,7 @@ CHECKS: list[Callable[[Any], Any]] = [
     check_state_round_trip,
     check_overflow,
     check_silent_traps,
+    check_weight_gather,
     check_unequal_groups,
 ]
 

@@ -16,16 +16,23 @@ from deepmim_scale.train.optim import learning_rate, parameter_groups, peak_lear
 @pytest.mark.parametrize("preset", [debug, debug_mirl])
 def test_groups(preset: Callable[[], RunConfig]) -> None:
     model = build_model(preset, device="meta")
-    plain, decayed = parameter_groups(model, 0.05)
-    assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
+    groups = parameter_groups(model, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed_names = {names[id(p)] for p in decayed["params"]}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    plain = [p for group in groups if not group["weight_decay"] for p in group["params"]]
+    decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
+    decayed_names = {names[id(p)] for p in decayed}
     assert {n for n in decayed_names if n.endswith("_token")} == {
         n for n, p in model.named_parameters() if n.endswith("_token")
     }, "CLS and mask tokens are decayed"
-    assert all(names[id(p)].endswith("bias") or p.ndim == 1 for p in plain["params"])
+    assert all(names[id(p)].endswith("bias") or p.ndim == 1 for p in plain)
     count = sum(p.requires_grad for p in model.parameters())
-    assert len(plain["params"]) + len(decayed["params"]) == count
+    assert len(plain) + len(decayed) == count
+    rounded = {names[id(p)] for g in groups if g["is_rounded"] for p in g["params"]}
+    # A weight norm scales in fp32, so its matrix must not be rounded before.
+    kept = ("_token", "original1", "bias")
+    expected = {n for n in decayed_names if not n.endswith(kept)}
+    assert rounded == expected
 
 
 def test_learning_rate() -> None:
