@@ -30,7 +30,18 @@ TOLERANCE = 0.05
 STEP = 4
 # Narrow enough for a CPU, with ViT-B's 196 patches.
 MODEL = [
-    *["--preset", "debug", "--img-size", "112", "--patch-size", "8", "--embed-dim", "128"],
+    *[
+        "--preset",
+        "debug",
+        "--taps",
+        "even",
+        "--img-size",
+        "112",
+        "--patch-size",
+        "8",
+        "--embed-dim",
+        "128",
+    ],
     *["--num-heads", "4", "--decoder-embed-dim", "64", "--decoder-num-heads", "2"],
     *["--decoder-depth", "2", "--microbatch-size", "4", "--microbatches", "8"],
     *["--validate-every", "0", "--save-every", "0", "--warmup-epochs", "0"],

@@ -84,9 +84,9 @@ def prepare(config: RunConfig) -> PreparedRun:
     objective_of(config.model).check_run(config, networks)
     if not config.data:
         raise UserError("data: missing; give an image folder, see `deepmim-scale data samples`")
-    config = with_statistics(config)
     batch = resolve_batch(config, num_replicas=world // config.stages)
     pipeline = training_plan(config, batch.microbatches)
+    config = with_statistics(config)
     config = config.replace(global_batch=batch.global_batch, microbatches=None)
     given = load_ds_config(config.deepspeed_config) if config.deepspeed_config else None
     check_loggers(config.log_to)

@@ -47,7 +47,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     # int(64 * 0.02) = 1 in the encoder, int(32 * 0.02) = 0 in a decoder
     "thin MLP": (["--mlp-ratio", "0.02"], "mlp_ratio=0.02: leaves an MLP without hidden units"),
     "negative MLP": (["--mlp-ratio", "-4"], "error: mlp_ratio=-4.0: must be positive"),
-    "gray images": (["--in-chans", "1"], "in_chans=1: images are read as RGB; leave it at 3"),
+    "gray images": (
+        ["--in-chans", "1"],
+        "has no statistics of its channels; run `deepmim-scale data stats",
+    ),
     "no step": (
         ["--epochs", "0.001"],
         "epochs=0.001: less than a step, an epoch has 2 steps; raise --epochs or give --steps",
